@@ -1,0 +1,1 @@
+"""The package of the book: every loss and model that its chapters derive, one file a chapter."""
