@@ -140,7 +140,7 @@ class Windows:
     windows[slice or index] -> [batch, history, variable], [batch, horizon, variable]; index: a tensor of whole numbers
 
     A part of T rows has T - history - horizon + 1 windows. They overlap, so nothing is copied until one is asked for,
-    and what windows[i] returns may share memory with values: do not write into it. IndexError comes where a list has it.
+    and what windows[i] returns may share memory with values: do not write into it. Raises IndexError as a list does.
     """
 
     def __init__(self, values: Tensor, history: int, horizon: int):
