@@ -1,0 +1,82 @@
+# `make book` and `make test` set up all they need, in .venv and book/assets/vendor. `make help` lists the rest.
+PYTHON ?= python3
+PORT ?= 8000
+TESTED = import sys, pip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+# Two workers share two cores: more threads in each would only wait for one another.
+ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# No comma in a sentence: make would cut it there.
+fail = { echo "$(1)" >&2; exit 1; }
+
+.DEFAULT_GOAL := help
+.PHONY: help book test check notebooks serve bench parity constraints clean distclean
+.NOTPARALLEL:
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+book: .venv/book ## set everything up and build the site in both languages
+	.venv/bin/python book/tools/assets.py
+	.venv/bin/jupyter-book build . -W -n --keep-going
+	@echo "The book is built. Open $(CURDIR)/_build/html/index.html"
+
+test: .venv/test ## set everything up and pass every test
+	.venv/bin/python book/tools/assets.py
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	$(ONE_THREAD) .venv/bin/pytest -n 2 --dist loadgroup tests
+	$(ONE_THREAD) .venv/bin/pytest -n 2 --dist loadscope --nbval-lax --nbval-current-env --nbval-cell-timeout=300 book/en book/zh
+
+check: .venv/test ## the checks that take seconds: style, and whether the notebooks are those of their sources
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/python book/tools/notebooks.py --check
+	.venv/bin/pytest -q tests/test_project.py
+
+notebooks: .venv/book ## make the notebooks from book/src and run those that changed (ALL=1: run all)
+	.venv/bin/python book/tools/notebooks.py $(if $(ALL),--all)
+
+serve: ## show the built site on 127.0.0.1 (PORT=8000)
+	@test -f _build/html/index.html || $(call fail,There is no site to show yet: make book builds it.)
+	$(PYTHON) -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
+
+bench: .venv/parity ## time and memory beside other people's implementations
+	.venv/bin/python -m bench
+
+parity: .venv/parity ## compute the numbers in tests/golden again with other people's implementations
+	.venv/bin/python tests/golden/make.py
+
+constraints: .venv/made ## write constraints.txt again: the newest versions of everything but torch
+	rm -rf _build/fresh
+	.venv/bin/python -m venv _build/fresh
+	_build/fresh/bin/pip install --quiet '.[test,parity]' "$$(grep '^torch==' constraints.txt)"
+	{ grep '^#' constraints.txt; _build/fresh/bin/pip freeze --all --exclude mini_impl --exclude pip \
+	  | grep -Ev '^(nvidia|cuda|triton)' | sed 's/+.*//' | LC_ALL=C sort --ignore-case; } > _build/constraints.txt
+	mv _build/constraints.txt constraints.txt
+
+clean: ## remove the built site
+	rm -rf _build
+
+distclean: clean ## remove the set-up too
+	rm -rf .venv book/assets/vendor
+
+# A Python that went away or was renewed makes .venv/made look again.
+.venv/bin/python: ;
+
+# `python3 -m venv` without ensurepip leaves a .venv without pip. So what counts is whether pip runs, not that .venv exists.
+.venv/made: .venv/bin/python
+	@.venv/bin/python -c '$(TESTED)' 2>/dev/null || { \
+	  command -v $(PYTHON) >/dev/null || $(call fail,There is no $(PYTHON) here: install Python 3.11 to 3.13 or name one: make PYTHON=python3.12); \
+	  version=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || $(call fail,$(PYTHON) does not run: name a Python 3.11 to 3.13: make PYTHON=python3.12); \
+	  case $$version in 3.11|3.12|3.13) ;; *) \
+	    $(call fail,Python 3.11 to 3.13 is needed and $(PYTHON) is $$version: name another one: make PYTHON=python3.12);; esac; \
+	  $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || $(call fail,$(PYTHON) cannot make a virtual environment: on Debian install the package python3-venv.); \
+	  $(PYTHON) -m venv --clear .venv || $(call fail,$(PYTHON) could not make the virtual environment .venv (its words are above).); \
+	}
+	@touch $@
+
+# Each extra of pyproject.toml has a stamp of its own; `test` holds all that `book` does.
+.venv/book .venv/test .venv/parity: .venv/%: .venv/made pyproject.toml constraints.txt
+	@echo "Installing the packages of the extra '$*' (minutes the first time; the log is .venv/pip.log)"
+	@.venv/bin/python -m pip install --constraint constraints.txt --editable '.[$*]' > .venv/pip.log 2>&1 \
+	  || $(call fail,pip could not install the packages; is there a network? Its own words are in .venv/pip.log)
+	@touch $@

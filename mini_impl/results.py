@@ -1,0 +1,25 @@
+"""The figures of runs that are too long for a page: each file holds what was measured and how, and pages read it here."""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+
+
+def _folder():
+    """Where the result files are: in the installed package or, in a checkout, where their commands write them."""
+    installed = files("mini_impl.assets") / "results"
+    return installed if installed.is_dir() else Path(__file__).parents[1] / "book" / "results"
+
+
+def names() -> list[str]:
+    """The names of the result files that there are, in alphabetical order."""
+    return sorted(path.name.removesuffix(".json") for path in _folder().iterdir() if path.name.endswith(".json"))
+
+
+def load(name: str) -> dict:
+    """The content of book/results/NAME.json. Raises TypeError unless name is a str, ValueError for a name without a file."""
+    if not isinstance(name, str):
+        raise TypeError(f"name must be the name of a result file, a str; got {type(name).__name__}")
+    if name not in names():
+        raise ValueError(f"name must be that of a result file, one of {', '.join(names()) or '(none yet)'}; got {name!r}")
+    return json.loads((_folder() / f"{name}.json").read_text("utf-8"))
