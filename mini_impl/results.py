@@ -1,4 +1,4 @@
-"""The figures of runs that are too long for a page: each file holds what was measured and how, and pages read it here."""
+"""The figures of runs that are too long for a page, each file with how they were measured: pages read them here."""
 
 import json
 from importlib.resources import files
@@ -17,9 +17,11 @@ def names() -> list[str]:
 
 
 def load(name: str) -> dict:
-    """The content of book/results/NAME.json. Raises TypeError unless name is a str, ValueError for a name without a file."""
+    """Return book/results/NAME.json. Raises TypeError if name is no str, ValueError if there is no such file."""
     if not isinstance(name, str):
         raise TypeError(f"name must be the name of a result file, a str; got {type(name).__name__}")
     if name not in names():
-        raise ValueError(f"name must be that of a result file, one of {', '.join(names()) or '(none yet)'}; got {name!r}")
+        raise ValueError(
+            f"name must be that of a result file, one of {', '.join(names()) or '(none yet)'}; got {name!r}"
+        )
     return json.loads((_folder() / f"{name}.json").read_text("utf-8"))
