@@ -1,0 +1,316 @@
+"""One bilingual source, book/src/NAME.md, becomes two executed notebooks: book/en/NAME.ipynb and book/zh/NAME.ipynb.
+
+A source is MyST Markdown. Its prose cells are marked +++ {"lang": "en"} and +++ {"lang": "zh"}, each English one directly followed by
+its Chinese neighbour; its code cells are shared. A code cell that shows pictures describes them, alt: {en: ..., zh: ...}.
+
+A page is executed again only if one of its code cells changed. When mini_impl changed, and not the page, say --all.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jupytext
+import nbformat
+import yaml
+from nbclient import NotebookClient
+from nbclient.exceptions import CellControlSignal, CellExecutionError, DeadKernelError
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_notebook
+
+ROOT = Path(__file__).parents[2]
+LANGUAGES = ("en", "zh")
+SECONDS_A_CELL = 600
+WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+
+SETUP = """\
+# {title}
+try:
+    import mini_impl
+except ImportError:
+    {rescue}
+
+from mini_impl.language import use_language
+
+use_language("{language}")"""
+TITLE = {"en": "The book's package, and the language of this page", "zh": "本书的程序包，以及本页的语言"}
+BY_HAND = {
+    "en": "This page needs the package mini_impl: in the root of a copy of the book's repository, run  pip install \".[zh]\"",
+    "zh": "本页需要程序包 mini_impl：请在本书仓库副本的根目录下运行  pip install \".[zh]\"",
+}
+
+
+class PageError(Exception):
+    """A page cannot be made; the message names the page, the place in it, and what is wrong."""
+
+
+# ---- From a source to a notebook that has not run
+
+
+def source_path(name: str) -> Path:
+    return ROOT / "book" / "src" / f"{name}.md"
+
+
+def notebook_path(name: str, language: str) -> Path:
+    return ROOT / "book" / language / f"{name}.ipynb"
+
+
+def repository_url() -> str:
+    """The book's address, or "" as long as it has none; _config.yml is the only place where it stands."""
+    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    return config["repository"]["url"].rstrip("/")
+
+
+def setup_cell(language: str, url: str) -> NotebookNode:
+    """The first code cell of every page that computes, and the only one that differs between the languages."""
+    rescue = f'%pip install --quiet "mini_impl[zh] @ git+{url}"' if url else f"raise ImportError({BY_HAND[language]!r}) from None"
+    source = SETUP.format(title=TITLE[language], rescue=rescue, language=language)
+    return new_code_cell(source, id="setup", metadata={"tags": ["hide-input"]})
+
+
+def read_source(name: str) -> list[NotebookNode]:
+    """The cells of a source, of both languages. Raises PageError unless every prose cell has its neighbour."""
+    cells = jupytext.read(source_path(name), fmt="md:myst").cells
+    languages = [cell.metadata.get("lang") if cell.cell_type == "markdown" else "code" for cell in cells]
+    for before, cell, own, after in zip(["", *languages], cells, languages, [*languages[1:], ""], strict=False):
+        where = f"book/src/{name}.md, the cell that begins {cell.source[:60]!r}"
+        if own == "code" and "lang" in cell.metadata:
+            raise PageError(f"{where}: code cells are shared by the languages; take its `lang` away")
+        if own not in ("code", *LANGUAGES):
+            raise PageError(f'{where}: a prose cell begins with +++ {{"lang": "en"}} or +++ {{"lang": "zh"}}; got {own!r}')
+        if (own == "en" and after != "zh") or (own == "zh" and before != "en"):
+            raise PageError(f"{where}: every English prose cell is directly followed by its Chinese neighbour; this one stands alone")
+    return cells
+
+
+def describe_pictures(cell: NotebookNode, name: str, language: str) -> None:
+    """Turn a code cell's `alt`, given in both languages, into the key by which MyST-NB describes the cell's pictures."""
+    alt = cell.metadata.pop("alt", None)
+    if alt is None:
+        return
+    if not isinstance(alt, dict) or sorted(alt) != list(LANGUAGES) or not all(isinstance(text, str) for text in alt.values()):
+        raise PageError(f"book/src/{name}.md: `alt` must be a text for en and one for zh; got {alt!r}")
+    cell.metadata["mystnb"] = {"image": {"alt": alt[language]}}
+
+
+def make_notebook(name: str, language: str, url: str) -> NotebookNode:
+    """The notebook of one language, with no outputs."""
+    cells = [cell for cell in read_source(name) if cell.metadata.pop("lang", language) == language]
+    seen = {}
+    for cell in cells:
+        # Jupytext gives random ids. These stay the same as long as a cell's text does; equal cells are told apart by counting.
+        seen[cell.source] = seen.get(cell.source, 0) + 1
+        cell["id"] = hashlib.sha256(f"{seen[cell.source]} {cell.source}".encode()).hexdigest()[:12]
+        if cell.cell_type == "code":
+            describe_pictures(cell, name, language)
+    if code := code_cells(cells):
+        cells.insert(cells.index(code[0]), setup_cell(language, url))
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    return new_notebook(cells=cells, metadata={"kernelspec": kernel, "language_info": {"name": "python"}})
+
+
+# ---- Outputs: carried over from the stored notebook, or computed
+
+
+def code_cells(cells: list[NotebookNode]) -> list[NotebookNode]:
+    return [cell for cell in cells if cell.cell_type == "code"]
+
+
+def carry_over(notebook: NotebookNode, stored: NotebookNode | None) -> bool:
+    """Give `notebook` the outputs of the stored one, if that ran with the same code (set-up cell aside). Returns whether it did."""
+    if stored is None:
+        return False
+    new, old = code_cells(notebook.cells), code_cells(stored.cells)
+    same_code = len(new) == len(old) and all(a.source == b.source for a, b in zip(new[1:], old[1:], strict=True))
+    if not same_code or any(cell.execution_count is None for cell in old):
+        return False
+    for cell, source in zip(new, old, strict=True):
+        cell.outputs, cell.execution_count = source.outputs, source.execution_count
+    if "widgets" in stored.metadata:
+        notebook.metadata["widgets"] = stored.metadata["widgets"]
+    return True
+
+
+def execute(notebook: NotebookNode, name: str, language: str) -> None:
+    """Run all cells in the notebook's folder. Raises PageError, naming the cell, for whatever goes wrong."""
+    folder = notebook_path(name, language).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    client = NotebookClient(
+        notebook,
+        timeout=SECONDS_A_CELL,
+        record_timing=False,
+        resources={"metadata": {"path": str(folder)}},
+        extra_arguments=["--log-level=ERROR"],  # else each kernel warns that it talks over the network of this machine
+    )
+    # One thread: how a sum is split among threads decides its last digits.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    try:
+        client.execute(env=environment)
+    except CellExecutionError as error:
+        raise cell_error(notebook, name, language, f"{error.ename}: {error.evalue}") from None
+    except (CellControlSignal, DeadKernelError, RuntimeError) as error:
+        raise cell_error(notebook, name, language, str(error)) from None
+
+
+def cell_error(notebook: NotebookNode, name: str, language: str, what: str) -> PageError:
+    """What went wrong in the cell that ran last."""
+    number, source = 0, "(no cell has run)"
+    for cell in code_cells(notebook.cells):
+        if cell.execution_count is not None:
+            number, source = number + 1, cell.source
+    return PageError(f"book/src/{name}.md in {language}, code cell {number} (the set-up cell is 1):\n\n{source}\n\n{what}")
+
+
+def check_outputs(notebook: NotebookNode, name: str, language: str) -> None:
+    """Raise PageError for what a reader should not see: messages on stderr, a picture that failed, a picture without description."""
+    for number, cell in enumerate(code_cells(notebook.cells), 1):
+        where = f"book/src/{name}.md in {language}, code cell {number} (the set-up cell is 1)"
+        for output in cell.outputs:
+            if output.output_type == "error":
+                raise PageError(f"{where}:\n\n{cell.source}\n\n{output.ename}: {output.evalue}")
+            if output.get("name") == "stderr":
+                raise PageError(f"{where} writes to stderr:\n\n{cell.source}\n\n{output.text}")
+            if any(kind.startswith("image/") for kind in output.get("data", {})) and "mystnb" not in cell.metadata:
+                raise PageError(f"{where} shows a picture, so it needs a description, alt: {{en: ..., zh: ...}}:\n\n{cell.source}")
+
+
+# ---- The same bytes from the same source
+
+
+def without_addresses(text: str) -> str:
+    """<Axes at 0x7f3a...> is different in every run."""
+    return re.sub(r"\b0x[0-9a-f]{8,16}\b", "0x0", text)
+
+
+def widget_order(notebook: NotebookNode) -> list[str]:
+    """The ids of the notebook's widgets in an order that does not depend on these ids, which are random."""
+    state = notebook.metadata.get("widgets", {}).get(WIDGET_STATE, {}).get("state", {})
+    order = []
+
+    def text_of(model: str) -> str:
+        return json.dumps(state[model]["state"], sort_keys=True)
+
+    def visit(model: str) -> None:
+        if model in state and model not in order:
+            order.append(model)
+            for other in re.findall(r"IPY_MODEL_(\w{32})", text_of(model)):
+                visit(other)
+
+    def stable_text_of(model: str) -> str:
+        return re.sub(r"IPY_MODEL_(\w{32})", lambda m: str(order.index(m[1])) if m[1] in order else "", text_of(model))
+
+    for cell in code_cells(notebook.cells):
+        for output in cell.outputs:
+            visit(output.get("data", {}).get(WIDGET_VIEW, {}).get("model_id"))
+    # Nothing points at the models of jslink; they point at the others.
+    for model in sorted(set(state) - set(order), key=stable_text_of):
+        visit(model)
+    return order
+
+
+def to_text(notebook: NotebookNode) -> str:
+    """The notebook's file: the same bytes whenever its cells and its outputs are the same."""
+    for cell in code_cells(notebook.cells):
+        for output in cell.outputs:
+            if "text" in output:
+                output.text = without_addresses(output.text)
+            if "text/plain" in output.get("data", {}):
+                output.data["text/plain"] = without_addresses(output.data["text/plain"])
+    nbformat.validate(notebook)
+    text = nbformat.writes(notebook)
+    for number, model in enumerate(widget_order(notebook)):
+        text = text.replace(model, f"{number:032x}")
+    return json.dumps(json.loads(text), ensure_ascii=False, indent=1, sort_keys=True) + "\n"
+
+
+# ---- The command
+
+
+def stored_text(name: str, language: str) -> str | None:
+    path = notebook_path(name, language)
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def write(path: Path, text: str) -> None:
+    """All of the file or nothing: a reader, or a run that is stopped, never sees half of it."""
+    half = path.with_suffix(".half")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half.write_text(text, encoding="utf-8")
+    half.replace(path)
+
+
+def render(name: str, language: str, url: str, run_all: bool) -> str:
+    """The notebook's file as it should be: with the stored outputs if its code is unchanged, else executed."""
+    notebook, text = make_notebook(name, language, url), stored_text(name, language)
+    stored = nbformat.reads(text, as_version=4) if text else None
+    if code_cells(notebook.cells) and (run_all or not carry_over(notebook, stored)):
+        # A kernel writes into the notebook's metadata whatever it says about itself, down to its version.
+        metadata = dict(notebook.metadata)
+        execute(notebook, name, language)
+        widgets = {key: value for key, value in notebook.metadata.items() if key == "widgets"}
+        notebook.metadata = NotebookNode(metadata | widgets)
+    check_outputs(notebook, name, language)
+    return to_text(notebook)
+
+
+def generate(name: str, url: str, run_all: bool) -> str:
+    """Write both notebooks of a page, or none of them if one fails. Returns what was done, in words."""
+    start = time.perf_counter()
+    with ThreadPoolExecutor(len(LANGUAGES)) as pool:  # each thread waits for a kernel, a process of its own
+        texts = list(pool.map(lambda language: render(name, language, url, run_all), LANGUAGES))
+    changed = [language for language, text in zip(LANGUAGES, texts, strict=True) if text != stored_text(name, language)]
+    for language, text in zip(LANGUAGES, texts, strict=True):
+        if language in changed:
+            write(notebook_path(name, language), text)
+    return f"{name}: wrote {' and '.join(changed) or 'nothing, it is unchanged'} ({time.perf_counter() - start:.1f} s)"
+
+
+def check(name: str, url: str) -> None:
+    """Raise PageError unless the stored notebooks are what the source gives. Runs nothing, writes nothing."""
+    for language in LANGUAGES:
+        notebook, text = make_notebook(name, language, url), stored_text(name, language)
+        stored = nbformat.reads(text, as_version=4) if text else None
+        if stored is None or not carry_over(notebook, stored) or to_text(notebook) != text:
+            raise PageError(f"book/{language}/{name}.ipynb is not what book/src/{name}.md gives: run  make notebooks")
+        check_outputs(notebook, name, language)
+
+
+def strays() -> list[str]:
+    """Notebooks that no source stands behind."""
+    notebooks = [path for language in LANGUAGES for path in (ROOT / "book" / language).glob("*.ipynb")]
+    return [str(path.relative_to(ROOT)) for path in sorted(notebooks) if not source_path(path.stem).exists()]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pages", nargs="*", metavar="NAME", help="a page, book/src/NAME.md (default: every page)")
+    parser.add_argument("--all", action="store_true", help="execute pages again even if their code is unchanged")
+    parser.add_argument("--check", action="store_true", help="only say whether the notebooks are up to date")
+    arguments = parser.parse_args()
+
+    pages = sorted(path.stem for path in source_path("x").parent.glob("*.md"))
+    if unknown := sorted(set(arguments.pages) - set(pages)):
+        parser.error(f"no page {', '.join(unknown)}; the pages are {', '.join(pages)}")
+    url, problems = repository_url(), [f"{path} has no source in book/src: delete it" for path in strays()]
+    for name in arguments.pages or pages:
+        try:
+            if arguments.check:
+                check(name, url)
+            else:
+                print(generate(name, url, arguments.all), flush=True)
+        except PageError as error:
+            problems.append(str(error))
+    for problem in problems:
+        print(f"\n{problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
