@@ -307,10 +307,25 @@ def test_help_lists_every_command(project):
     assert {"help", "book", "test", "serve", "notebooks", "check", "clean", "bench"} <= TARGETS
 
 
-def test_ci_runs_make_test():
-    script = ROOT / ".ci" / "run"
-    assert os.access(script, os.X_OK)
-    assert script.read_text("utf-8").splitlines()[-1] == "CI=true make test"
+@pytest.mark.parametrize("missing", [[], ["chromium"], ["chromium", "python3-venv"]], ids="+".join)
+def test_ci_installs_what_is_missing_and_runs_the_tests(project, missing):
+    shutil.copytree(ROOT / ".ci", project.folder / ".ci")
+    (project.folder / "bin").mkdir()
+    for program in ("bash", "dirname", "touch"):
+        (project.folder / "bin" / program).symlink_to(shutil.which(program))
+    project.program("bin/make", 'echo make "$@" with CI=$CI >> calls')
+    project.program("bin/sleep", "")
+    project.program("bin/python3", f"exit {int('python3-venv' in missing)}")
+    if "chromium" not in missing:
+        project.program("bin/chromium", "")
+    # The first call fails, as it does when a mirror is away for a moment.
+    project.program("bin/apt-get", 'echo apt-get "$@" >> calls; test -e called || { touch called; exit 1; }')
+    environment = {"PATH": str(project.folder / "bin")}
+    subprocess.run([project.folder / ".ci" / "run"], cwd="/", env=environment, check=True, capture_output=True)
+    *installs, last = project.calls()
+    assert last == "make test with CI=true"
+    assert [call.split()[2] for call in installs] == (["update", "update", "install"] if missing else [])
+    assert not missing or installs[-1].endswith(" ".join(["--no-install-recommends", *missing]))
 
 
 # ---- README.md
