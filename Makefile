@@ -8,7 +8,7 @@ ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 fail = { echo "$(1)" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help book test check notebooks serve bench parity constraints clean distclean
+.PHONY: help book test check notebooks serve bench golden constraints clean distclean
 .NOTPARALLEL:
 
 help: ## list these commands
@@ -42,8 +42,8 @@ serve: ## show the built site on 127.0.0.1 (PORT=8000)
 bench: .venv/parity ## time and memory beside other people's implementations
 	.venv/bin/python -m bench
 
-parity: .venv/parity ## compute the numbers in tests/golden again with other people's implementations
-	.venv/bin/python tests/golden/make.py
+golden: .venv/parity ## compute the numbers in tests/golden again with other people's implementations
+	for script in tests/golden/make_*.py; do .venv/bin/python $$script || exit 1; done
 
 constraints: .venv/made ## write constraints.txt again: the newest versions of everything but torch
 	rm -rf _build/fresh
