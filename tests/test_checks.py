@@ -1,0 +1,105 @@
+"""What callers get wrong is said clearly: each check lets the right through and names the wrong."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mini_impl import checks
+
+# --- tensors --------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 4), max_size=4), st.sampled_from([torch.float16, torch.float32, torch.float64]))
+def test_a_tensor_with_the_axes_passes_unchanged(shape, dtype):
+    value = torch.zeros(shape, dtype=dtype)
+    if shape:
+        assert checks.tensor("x", value, *"abcd"[: len(shape)]) is value
+        assert checks.tensor("x", value, ..., "d") is value
+    with pytest.raises(ValueError, match=r"x must be a floating-point tensor \[.*\], no axis empty; got shape"):
+        checks.tensor("x", value, *"abcde"[: len(shape) + 1])
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "words"),
+    [
+        ([[1.0]], TypeError, r"x must be a floating-point tensor \[time, variable\]; got list"),
+        (np.zeros((1, 1)), TypeError, "got ndarray"),
+        (None, TypeError, "got NoneType"),
+        (torch.zeros(2, 2, dtype=torch.int64), TypeError, r"got dtype torch\.int64"),
+        (torch.zeros(2, 2, dtype=torch.complex64), TypeError, r"got dtype torch\.complex64"),
+        (torch.zeros(2), ValueError, r"no axis empty; got shape \[2\]"),
+        (torch.zeros(0, 2), ValueError, r"no axis empty; got shape \[0, 2\]"),
+        (torch.tensor([[1.0, math.nan], [-math.inf, 2.0]]), ValueError, "2 of its 4 are NaN or infinite"),
+    ],
+)
+def test_what_is_no_such_tensor_is_named(value, error, words):
+    with pytest.raises(error, match=words):
+        checks.tensor("x", value, "time", "variable")
+
+
+def test_leading_axes_and_non_finite_values_where_they_are_allowed():
+    assert checks.tensor("x", torch.tensor([math.nan]), "time", finite=False).isnan()
+    with pytest.raises(ValueError, match=r"x must be .* \[\.\., variable\], no axis empty; got shape \[\]"):
+        checks.tensor("x", torch.tensor(1.0), ..., "variable")
+
+
+def test_alike():
+    one = torch.zeros(2, 3)
+    checks.alike("a", one, "b", torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"a and b must have one shape; got \[2, 3\] and \[3, 2\]"):
+        checks.alike("a", one, "b", one.T)
+    with pytest.raises(TypeError, match=r"a and b must have one dtype; got torch.float32 and torch.float64"):
+        checks.alike("a", one, "b", one.double())
+    with pytest.raises(ValueError, match="a and b must be on one device; got cpu and meta"):
+        checks.alike("a", one, "b", one.to("meta"))
+
+
+# --- numbers --------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(-5, 5), st.integers(-5, 5))
+def test_integer(value, least):
+    for same in (value, np.int64(value)):
+        if value >= least:
+            assert checks.integer("n", same, least) == value and type(checks.integer("n", same, least)) is int
+        else:
+            with pytest.raises(ValueError, match=f"n must be at least {least}; got {value}"):
+                checks.integer("n", same, least)
+
+
+@pytest.mark.parametrize("value", [1.0, True, "1", None, torch.tensor(1), math.nan])
+def test_what_is_no_integer(value):
+    with pytest.raises(TypeError, match="n must be a whole number of at least 1; got"):
+        checks.integer("n", value)
+
+
+@given(st.floats(), st.floats(-10, 10))
+def test_number(value, bound):
+    finite = math.isfinite(value)
+    for limits, inside in (({}, finite), ({"least": bound}, finite and value >= bound)):
+        if inside:
+            assert checks.number("x", value, **limits) == value
+        else:
+            with pytest.raises(ValueError, match="x must be a finite number"):
+                checks.number("x", value, **limits)
+    if finite and value > bound:
+        assert checks.number("x", np.float64(value), above=bound) == value
+    else:
+        with pytest.raises(ValueError, match=f"x must be a finite number greater than {bound:g}".replace("+", r"\+")):
+            checks.number("x", value, above=bound)
+
+
+@pytest.mark.parametrize("value", ["1", True, None, 1j, torch.tensor(1.0)])
+def test_what_is_no_number(value):
+    with pytest.raises(TypeError, match="x must be a finite number of at least 0; got"):
+        checks.number("x", value, least=0)
+
+
+def test_choice():
+    checks.choice("norm", "fro", ("fro", "spectral"))
+    with pytest.raises(ValueError, match="norm must be one of 'fro', 'spectral'; got 'max'"):
+        checks.choice("norm", "max", ("fro", "spectral"))

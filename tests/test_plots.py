@@ -1,0 +1,239 @@
+"""Figures and sliders: words in the page's language and never a box, small pictures with the same bytes every time."""
+
+import io
+import logging
+import struct
+import sys
+import warnings
+
+import ipywidgets
+import matplotlib.pyplot
+import numpy as np
+import pytest
+import torch
+from IPython import display as notebook
+from matplotlib import rcParams
+from PIL import Image
+
+from mini_impl import plots
+from mini_impl.language import use_language
+
+GREEK_AND_SIGNS = "λ₁ μ γ α β Σ ∂ ∇ ‖x‖² ≤ ≥ ≈ → ∞ ± × − ℝ ŷ …"
+HANZI = "序列趋势季节历史预测训练验证测试损失权重步数小时行人均方误差滑动平均窗口核大小频率振幅，。（）：“”"
+
+
+class Strict(logging.Handler):
+    def emit(self, record):
+        raise ValueError(record.getMessage())
+
+
+@pytest.fixture(autouse=True)
+def strict():
+    """A missing glyph is an error, in plain text (a warning) and in text with math (only logged)."""
+    handler = Strict(logging.WARNING)
+    logging.getLogger("matplotlib").addHandler(handler)
+    settings = dict(rcParams)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield
+    logging.getLogger("matplotlib").removeHandler(handler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rcParams.update(settings)
+    use_language("en")
+    plots.chinese_font.cache_clear()
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    things = []
+    monkeypatch.setattr(notebook, "display", things.append)
+    return things
+
+
+def drawn(title="title", width=6.4, **curves):
+    figure, axes = plots.figure(width=width)
+    plots.curves(axes, curves or {"series": torch.sin(torch.arange(100) / 5)})
+    axes.set(title=title)
+    return figure
+
+
+# --- words ----------------------------------------------------------------------------------------------------------
+
+
+def test_words_are_chinese_on_a_chinese_page():
+    assert plots.words(en="trend", zh="趋势") == "trend"
+    use_language("zh")
+    assert plots.chinese_font() == "Noto Sans SC"  # the tests install zhplot
+    assert plots.words(en="trend", zh="趋势") == "趋势"
+
+
+class Fonts:
+    """In the place of matplotlib's list of fonts: these are installed, and no file can be added."""
+
+    def __init__(self, *names):
+        self.get_font_names = lambda: [*names, "DejaVu Sans"]
+        self.fontManager = self
+
+    def addfont(self, path):
+        raise FileNotFoundError(path)
+
+
+def no_package(name):
+    raise plots.PackageNotFoundError(name)
+
+
+@pytest.mark.parametrize("distribution", [no_package, plots.distribution])  # or zhplot without its font
+def test_without_a_font_they_are_english(monkeypatch, distribution):
+    monkeypatch.setattr(plots, "distribution", distribution)
+    monkeypatch.setattr(plots, "font_manager", Fonts("Liberation Sans"))
+    plots.chinese_font.cache_clear()
+    use_language("zh")
+    assert plots.chinese_font() is None
+    assert plots.words(en="trend", zh="趋势") == "trend"
+    plots.png(drawn(plots.words(en="trend", zh="趋势")))
+    assert rcParams["font.family"] == ["DejaVu Sans"]
+
+
+def test_an_installed_font_will_do(monkeypatch):
+    monkeypatch.setattr(plots, "distribution", no_package)
+    monkeypatch.setattr(plots, "font_manager", Fonts("Microsoft YaHei", "Arial"))
+    plots.chinese_font.cache_clear()
+    assert plots.chinese_font() == "Microsoft YaHei"
+
+
+def test_zhplot_is_not_imported():
+    """It would change matplotlib's settings."""
+    assert plots.chinese_font() and "zhplot" not in sys.modules
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_no_glyph_is_missing(language):
+    use_language(language)
+    words = HANZI if language == "zh" else "ABC xyz"
+    for title in (GREEK_AND_SIGNS, words + GREEK_AND_SIGNS[:9], words + r" ≤ −1 $\mu\|E^\top E-I\|_F^2$"):
+        figure = drawn(title, width=12, **{title: [-1.0, 2.0, -3.0]})
+        figure.axes[0].set(xlabel=title, ylabel=title[:9])
+        plots.png(figure)
+
+
+def test_the_check_above_sees_boxes():
+    """With the English font Chinese is boxes, and both ways in which matplotlib says so are errors here."""
+    with pytest.raises(UserWarning, match=r"Glyph .* missing"):
+        plots.png(drawn("趋势"))
+    with pytest.raises(ValueError, match=r"glyph"):
+        plots.png(drawn("趋势 $x$"))
+
+
+# --- figures --------------------------------------------------------------------------------------------------------
+
+
+def test_figures_are_one_or_many_and_never_stay_open():
+    figure, axes = plots.figure(width=5, height=3)
+    assert figure.get_size_inches().tolist() == [5, 3] and isinstance(axes, matplotlib.axes.Axes)
+    _, many = plots.figure(rows=2, columns=3)
+    assert many.shape == (2, 3)
+    assert matplotlib.pyplot.get_fignums() == []
+
+
+def test_curves_differ_in_colour_and_in_line():
+    names = "abcdefg"
+    axes = drawn(**{name: [0.0, 1.0] for name in names}).axes[0]
+    assert [line.get_color() for line in axes.lines] == list(plots.COLORS)
+    assert len(set(plots.COLORS)) == len(set(plots.LINES)) == len(plots.LINES) == 7
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(names)
+
+
+def test_curves_take_lists_arrays_and_tensors_with_gradients():
+    _, axes = plots.figure()
+    tensor = torch.ones(3, requires_grad=True) * 2
+    plots.curves(axes, {"a": [1, 2, 3], "b": np.arange(3), "c": tensor}, steps=torch.tensor([0, 10, 20]))
+    assert [line.get_ydata().tolist() for line in axes.lines] == [[1, 2, 3], [0, 1, 2], [2, 2, 2]]
+    assert axes.lines[0].get_xdata().tolist() == [0, 10, 20]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (
+            lambda axes: plots.curves(axes, {"a": [1.0, float("nan")]}),
+            ValueError,
+            r"values\['a'\] .* 1 of its 2 are NaN",
+        ),
+        (lambda axes: plots.curves(axes, {"a": [1, 2]}, steps=[0]), ValueError, r"values\['a'\] .* 1 steps; .* \[2\]"),
+        (lambda axes: plots.curves(axes, {"a": torch.zeros(2, 2)}), ValueError, r"must be \[step\].*\[2, 2\]"),
+        (lambda axes: plots.figure(width=0), ValueError, "width must be a finite number greater than 0"),
+        (lambda axes: plots.figure(rows=0), ValueError, "rows must be at least 1"),
+        (lambda axes: plots.figure(columns=1.5), TypeError, "columns must be a whole number"),
+    ],
+)
+def test_what_cannot_be_drawn_is_named(call, error, words):
+    with pytest.raises(error, match=words):
+        call(plots.figure()[1])
+
+
+def test_pictures_are_small_and_have_the_same_bytes_again():
+    first, second = plots.png(drawn()), plots.png(drawn())
+    assert first == second and len(first) < 40_000
+    chunks, at = [], 8
+    while at < len(first):
+        length, kind = struct.unpack(">I4s", first[at : at + 8])
+        chunks.append(kind)
+        at += 12 + length
+    assert set(chunks) == {b"IHDR", b"PLTE", b"IDAT", b"IEND"}  # no text, no time
+    picture = Image.open(io.BytesIO(first))
+    assert picture.size == (640, 360) and picture.convert("RGB").getpixel((1, 1)) == (255, 255, 255)
+
+
+def test_show(shown):
+    figure = drawn()
+    assert plots.show(figure) is None
+    assert [thing.data for thing in shown] == [plots.png(figure)]
+
+
+# --- the slider -----------------------------------------------------------------------------------------------------
+
+
+def test_the_slider_chooses_a_picture_without_a_kernel(shown, monkeypatch):
+    links = []
+    monkeypatch.setattr(ipywidgets, "jslink", lambda *ends: links.append(ends))
+    figures = [drawn(f"k = {k}", a=torch.rand(300), b=torch.rand(300).cumsum(0)) for k in range(8)]
+    labels, texts = [str(k) for k in range(8)], [f"Curves at k = {k}" for k in range(8)]
+    plots.slider(figures, labels, description="kernel size", alt=texts)
+
+    (box,) = shown
+    chooser, tab = box.children
+    assert (
+        isinstance(box, ipywidgets.VBox) and chooser.description == "kernel size" and chooser.options == tuple(labels)
+    )
+    assert tab.selected_index == chooser.index == 0 and "no-tabs" in tab._dom_classes
+    assert [tab.get_title(i) for i in range(8)] == labels
+    assert [picture.tooltip for picture in tab.children] == texts
+    assert tab.children[3].value == plots.png(figures[3])
+    assert sum(len(picture.value) for picture in tab.children) < 250_000
+    assert links == [((chooser, "index"), (tab, "selected_index"))]
+
+
+@pytest.mark.parametrize(
+    ("labels", "alt", "count"),
+    [
+        ([], [], 0),
+        (["1"], ["one", "two"], 2),
+        (["1", "2"], ["one"], 2),
+        (["1", "1"], ["one", "two"], 2),
+        (["1", "2"], ["one", ""], 2),
+    ],
+)
+def test_every_figure_of_a_slider_needs_its_words(shown, labels, alt, count):
+    with pytest.raises(ValueError, match="slider needs at least one figure, and for each a label of its own"):
+        plots.slider([drawn() for _ in range(count)], labels, description="k", alt=alt)
+    assert not shown
+
+
+def test_without_ipywidgets_it_says_what_to_install(monkeypatch):
+    def missing(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(plots, "import_module", missing)
+    with pytest.raises(ImportError, match="needs ipywidgets: pip install ipywidgets"):
+        plots.slider([drawn()], ["1"], description="k", alt=["one"])
