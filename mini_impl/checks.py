@@ -7,22 +7,31 @@ import torch
 from torch import Tensor
 
 
-def tensor(name: str, value, *axes: str, finite: bool = True) -> Tensor:
+def tensor(name: str, value, *axes, finite: bool = True) -> Tensor:
     """Return `value` if it is a floating-point tensor with these axes, none of them empty, and (unless told) finite.
 
+    axes: their names, for the message; a first one of `...` stands for any number of leading axes.
     Raises TypeError for something that is no floating-point tensor, ValueError for wrong axes or non-finite entries.
     """
-    wanted = f"{name} must be a floating-point tensor [{', '.join(axes)}]"
+    leading = axes[0] is ...
+    wanted = f"{name} must be a floating-point tensor [{', '.join('..' if axis is ... else axis for axis in axes)}]"
     if not isinstance(value, Tensor):
         raise TypeError(f"{wanted}; got {type(value).__name__}")
     if not value.is_floating_point():
         raise TypeError(f"{wanted}; got dtype {value.dtype}")
-    if value.ndim != len(axes) or 0 in value.shape:
+    right_axes = value.ndim >= len(axes) - 1 if leading else value.ndim == len(axes)
+    if not right_axes or 0 in value.shape:
         raise ValueError(f"{wanted}, no axis empty; got shape {list(value.shape)}")
-    if finite and not torch.isfinite(value).all():
-        bad = int((~torch.isfinite(value)).sum())
-        raise ValueError(f"{wanted} of finite numbers; {bad} of its {value.numel()} are NaN or infinite")
+    if finite:
+        all_finite(name, value)
     return value
+
+
+def all_finite(name: str, value: Tensor) -> None:
+    """Raise ValueError if a tensor holds NaN or infinity."""
+    bad = value.numel() - int(torch.isfinite(value).sum())
+    if bad:
+        raise ValueError(f"{name} must hold finite numbers only; {bad} of its {value.numel()} are NaN or infinite")
 
 
 def alike(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -46,10 +55,22 @@ def integer(name: str, value, least: int = 1) -> int:
     return int(value)
 
 
+def odd(name: str, value, most: int | None = None) -> int:
+    """Return `value` if it is odd, at least 1 and at most `most`, the length of the series. Raises as integer does."""
+    if integer(name, value) % 2 == 0:
+        raise ValueError(f"{name} must be odd, so that the average has a middle; got {value}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be at most the length of the series, {most}; got {value}")
+    return int(value)
+
+
 def number(name: str, value, least: float = -math.inf, above: float = -math.inf) -> float:
-    """Return `value` if it is a finite real number, at least `least` and greater than `above`. Raises TypeError, ValueError."""
+    """Return `value` if it is finite, at least `least` and greater than `above`. Raises TypeError, ValueError."""
     wanted = f"{name} must be a finite number"
-    wanted += f" greater than {above:g}" if above > -math.inf else f" of at least {least:g}" if least > -math.inf else ""
+    if above > -math.inf:
+        wanted += f" greater than {above:g}"
+    elif least > -math.inf:
+        wanted += f" of at least {least:g}"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{wanted}; got {value!r}")
     if not math.isfinite(value) or value < least or value <= above:
@@ -61,3 +82,34 @@ def choice(name: str, value, choices) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def pairs(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise ValueError unless [window, .., variable] tensors have as many windows and variables as each other."""
+    if len(value) != len(other) or value.shape[-1] != other.shape[-1]:
+        raise ValueError(
+            f"{name} and {other_name} must have the same windows (first axis) and variables (last axis); "
+            f"got {list(value.shape)} and {list(other.shape)}"
+        )
+
+
+def history(value, length: int, parameter: Tensor) -> None:
+    """Raise unless `value` is a forecaster's input [batch, time, variable] of `length` steps that suits its weights."""
+    tensor("history", value, "batch", "time", "variable", finite=False)
+    if value.shape[1] != length:
+        raise ValueError(f"history must have {length} time steps, as the model was made for; got {list(value.shape)}")
+    if value.dtype != parameter.dtype:
+        raise TypeError(f"history must have the dtype of the model, {parameter.dtype}; got {value.dtype}")
+    if value.device != parameter.device:
+        raise ValueError(f"history must be on the device of the model, {parameter.device}; got {value.device}")
+    all_finite("history", value)
+
+
+def forecast(output, target) -> None:
+    """Raise unless `output` is a forecaster's and `target` fits its prediction [batch, horizon, variable]."""
+    if not hasattr(output, "prediction"):
+        raise TypeError(f"output must be what a model returned, with .prediction; got {type(output).__name__}")
+    tensor("target", target, "batch", "horizon", "variable", finite=False)
+    tensor("output.prediction", output.prediction, "batch", "horizon", "variable", finite=False)
+    alike("output.prediction", output.prediction, "target", target)
+    all_finite("target", target)

@@ -1,10 +1,12 @@
-"""What every loss of the book returns."""
+"""What every loss of the book returns, and the penalties that several chapters share."""
 
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from mini_impl import checks
 
 
 class NonFiniteLoss(ValueError, FloatingPointError):
@@ -35,3 +37,34 @@ class LossTerms(NamedTuple):
             if not math.isfinite(value):
                 raise NonFiniteLoss(f"the term {name!r} of the loss is {value}; every term must be a finite number")
         return dict(zip(self.terms, numbers, strict=True))
+
+
+def orthogonality(matrix: Tensor, norm: str = "fro") -> Tensor:
+    """How far the columns of a matrix are from orthonormal: the mean over the leading axes of ||W'W - I||^2.
+
+    matrix: [.., row, column], W of the formula.
+    norm: "fro" sums the squares of all entries of W'W - I; "spectral" takes its largest eigenvalue in size, squared.
+    With more columns than rows W'W cannot be I: the squared Frobenius norm is then at least columns - rows.
+    Raises TypeError, ValueError for something that is no finite matrix. Source: documented iTransformer and TimeXer.
+    """
+    checks.tensor("matrix", matrix, ..., "row", "column")
+    checks.choice("norm", norm, ("fro", "spectral"))
+    excess = matrix.mT @ matrix - torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    return torch.linalg.matrix_norm(excess, ord="fro" if norm == "fro" else 2).square().mean()
+
+
+def kl_from_uniform(probabilities: Tensor) -> Tensor:
+    """KL(p || uniform) = sum_i p_i log(n p_i) in nats, over the last axis; the mean over the leading axes.
+
+    probabilities: [.., choice], not negative, each row with sum 1. 0 log 0 counts as 0.
+    Between 0 (p uniform) and log n (all on one choice).
+    Raises TypeError, ValueError for rows that are no probabilities. Source: documented PatchTST and DAPO.
+    """
+    checks.tensor("probabilities", probabilities, ..., "choice")
+    sums = probabilities.detach().sum(-1)
+    if probabilities.min() < 0 or not torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
+        raise ValueError(
+            "probabilities must not be negative and must sum to 1 over the last axis; "
+            f"got a smallest entry of {probabilities.min():.4g} and sums from {sums.min():.4g} to {sums.max():.4g}"
+        )
+    return (torch.special.xlogy(probabilities, probabilities * probabilities.shape[-1])).sum(-1).mean()

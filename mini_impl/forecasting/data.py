@@ -7,7 +7,6 @@ history, target = train[torch.tensor([0, 5])]  # [2, 96, variable], [2, 96, vari
 
 import hashlib
 import os
-import tempfile
 import urllib.request
 from collections.abc import Sequence
 from http.client import HTTPException
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mini_impl import checks
+from mini_impl.checkpoint import write_bytes
 from mini_impl.table import read_numbers
 
 ETT_URL = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/{name}.csv"
@@ -212,10 +212,7 @@ def download_ett(name: str = "ETTh1") -> Path:
             "to that file or to the folder that holds it"
         ) from error
     _check_sha256(content, name, url)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as part:  # whole under another name, then renamed
-        part.write(content)
-    os.replace(part.name, path)
+    write_bytes(path, content)
     return path
 
 

@@ -1,0 +1,54 @@
+"""Files that a killed run can go on from: tensors and JSON in one safetensors file, replaced in one step.
+
+One file, since two cannot be replaced at the same instant. No pickle: reading a checkpoint runs no code.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+KEY = "mini_impl"  # a safetensors header holds {text: text}; ours is one entry, the JSON of the state
+
+
+def write_bytes(path: Path | str, content: bytes) -> None:
+    """Write a file so that at any instant the old one or the new one is there whole, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: Path | str, tensors: dict[str, Tensor], state: dict) -> None:
+    """Write tensors and a JSON-able state to one file, atomically.
+
+    Raises TypeError if the state holds something that JSON has no form for, ValueError if it holds NaN or infinity.
+    """
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, save(whole, metadata={KEY: json.dumps(state, allow_nan=False)}))
+
+
+def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], dict]:
+    """Read (tensors, state), tensors on the CPU. Raises FileNotFoundError; ValueError for a file of another kind."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            state = (file.metadata() or {}).get(KEY)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
+    if state is None:
+        raise ValueError(f"{path} is a safetensors file, but not one that mini_impl wrote: its header has no {KEY!r}")
+    return tensors, json.loads(state)

@@ -1,0 +1,118 @@
+"""DLinear: split a series into trend and season, forecast each by one linear map, add up.
+
+Sources: the documented system "DLinear"; Zeng et al., "Are Transformers Effective for Time Series Forecasting?", 2023.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mini_impl import checks
+from mini_impl.forecasting.layers import box, moving_average
+from mini_impl.losses import LossTerms
+
+
+def decompose(series: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:
+    """Split a series into its moving average and the rest: x = t + s.
+
+    series: [batch, time, variable]. kernel_size: k, odd, at most time.
+    Returns (trend, seasonal), both [batch, time, variable]: t_t = 1/k sum of the k values around x_t, s = x - t.
+    Raises TypeError, ValueError. Source: documented step 1.
+    """
+    checks.tensor("series", series, "batch", "time", "variable")
+    checks.odd("kernel_size", kernel_size, most=series.shape[1])
+    trend = moving_average(series, box(kernel_size))
+    return trend, series - trend
+
+
+class Output(NamedTuple):
+    """What DLinear returns."""
+
+    prediction: Tensor  # [batch, horizon, variable], the sum of both branches
+    trend: Tensor  # [batch, horizon, variable], the trend branch's own forecast: T of the documented loss
+
+
+class DLinear(nn.Module):
+    """Two linear maps over time, shared by all variables: y = W_t t + b_t + W_s s + b_s.
+
+    history, horizon: how many steps it sees and forecasts. kernel_size: of the moving average, odd, at most history.
+    Called with history [batch, time, variable] it returns an Output. Raises TypeError, ValueError.
+    Source: documented steps 2 and 3.
+    """
+
+    def __init__(self, history: int, horizon: int, kernel_size: int = 25):
+        super().__init__()
+        self.history = checks.integer("history", history)
+        self.horizon = checks.integer("horizon", horizon)
+        self.kernel_size = checks.odd("kernel_size", kernel_size, most=history)
+        self.trend = nn.Linear(history, horizon)
+        self.seasonal = nn.Linear(history, horizon)
+
+    def forward(self, history: Tensor) -> Output:
+        checks.history(history, self.history, self.trend.weight)
+        trend, seasonal = decompose(history, self.kernel_size)
+        trend_forecast = self.trend(trend.mT).mT  # [batch, horizon, variable]
+        seasonal_forecast = self.seasonal(seasonal.mT).mT
+        return Output(prediction=trend_forecast + seasonal_forecast, trend=trend_forecast)
+
+
+def documented_loss(output: Output, target: Tensor, trend_weight: float = 1.0) -> LossTerms:
+    """L = 1/(2N) sum_i ||y_i - yhat_i||^2 + lambda/(2N) sum_i ||y_i - T_i||^2.
+
+    N counts the windows of the batch; the norms run over horizon and variables.
+    output: of DLinear; T is output.trend. target: y, [batch, horizon, variable]. trend_weight: lambda, at least 0.
+    Terms: "forecast" and "trend". Raises TypeError, ValueError. Source: the documented loss.
+    """
+    checks.forecast(output, target)
+    checks.alike("output.trend", output.trend, "target", target)
+    checks.number("trend_weight", trend_weight, least=0)
+    windows = len(target)
+    return LossTerms.of(
+        forecast=(target - output.prediction).square().sum() / (2 * windows),
+        trend=trend_weight * (target - output.trend).square().sum() / (2 * windows),
+    )
+
+
+def published_loss(output: Output, target: Tensor) -> LossTerms:
+    """L = mean of (y - yhat)^2 over windows, horizon and variables.
+
+    output: of DLinear. target: y, [batch, horizon, variable]. Term: "forecast".
+    Raises TypeError, ValueError. Source: the paper's public code.
+    """
+    checks.forecast(output, target)
+    return LossTerms.of(forecast=(target - output.prediction).square().mean())
+
+
+def closed_form(history: Tensor, target: Tensor, kernel_size: int = 25, trend_weight: float = 1.0) -> DLinear:
+    """A DLinear whose weights minimise the documented loss over the given windows, found without training.
+
+    history: [window, time, variable]. target: [window, horizon, variable]. Returns a model in float64 on the CPU.
+    Both terms are squares of maps linear in the weights, so this is one least-squares problem: each window and variable
+    asks [t, 1, s, 1] to give y, and sqrt(lambda) [t, 1, 0, 0] to give sqrt(lambda) y.
+    Its solution is never unique; this is the one of least norm. Compare losses and forecasts, not weights.
+    Raises TypeError, ValueError. Source: ours.
+    """
+    checks.tensor("history", history, "window", "time", "variable")
+    checks.tensor("target", target, "window", "horizon", "variable")
+    checks.pairs("history", history, "target", target)
+    checks.number("trend_weight", trend_weight, least=0)
+    model = DLinear(history.shape[1], target.shape[1], kernel_size).double()
+    inputs = 2 * (model.history + 1)
+
+    # Least squares needs no more of the rows [features, y] than the triangle R of their QR factors: add piece by piece.
+    triangle = torch.empty(0, inputs + model.horizon, dtype=torch.float64)
+    for piece, answer in zip(history.split(2048), target.split(2048), strict=True):
+        trend, seasonal = (part.mT.flatten(0, 1) for part in decompose(piece.cpu().double(), kernel_size))
+        y = answer.cpu().double().mT.flatten(0, 1)  # [window * variable, horizon]
+        one = torch.ones(len(y), 1, dtype=torch.float64)
+        forecast_rows = torch.cat([trend, one, seasonal, one, y], dim=1)
+        trend_rows = torch.cat([trend, one, 0 * seasonal, 0 * one, y], dim=1) * trend_weight**0.5
+        triangle = torch.linalg.qr(torch.cat([triangle, forecast_rows, trend_rows]), mode="r").R
+
+    solution = torch.linalg.lstsq(triangle[:, :inputs], triangle[:, inputs:], driver="gelsd").solution
+    weights = solution.mT.split([model.history, 1, model.history, 1], dim=1)  # each [horizon, ..]
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), weights, strict=True):
+            parameter.copy_(value.view_as(parameter))
+    return model

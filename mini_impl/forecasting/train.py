@@ -1,0 +1,230 @@
+"""Training a forecaster, and measuring one over every window."""
+
+import functools
+import hashlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mini_impl import checks
+from mini_impl.checkpoint import load_checkpoint, save_checkpoint
+from mini_impl.forecasting.data import Windows
+from mini_impl.losses import LossTerms, NonFiniteLoss
+
+
+class Scores(NamedTuple):
+    """Errors over every window, time step and variable, in the units of the windows' values (z-scores, as a rule)."""
+
+    mse: float  # mean of (y - yhat)^2
+    mae: float  # mean of |y - yhat|
+
+
+class Training(NamedTuple):
+    """How a training went."""
+
+    terms: dict[str, list[float]]  # each term of the loss at every step
+    validation: list[float]  # the forecast's mean squared error on the validation windows after every epoch
+    best_epoch: int  # counted from 1; its weights are the ones that the model has now
+
+
+def evaluate(forecast: Callable, windows: Windows, batch_size: int = 256) -> Scores:
+    """Mean squared and mean absolute error of a forecaster; every window counts once, no last batch is dropped.
+
+    forecast: a model, or any function from history [batch, time, variable] to a tensor [batch, horizon, variable].
+    A model is used where its parameters are, in eval mode, and left in the mode it was in.
+    Raises ValueError for a forecast of another shape, NonFiniteLoss for one that is not finite.
+    """
+    checks.integer("batch_size", batch_size)
+    is_model = isinstance(forecast, nn.Module)
+    if is_model:
+        windows = windows.to(next(forecast.parameters()).device)
+        was_training = forecast.training
+        forecast.eval()
+    squares = absolutes = 0.0
+    count = 0
+    try:
+        with torch.no_grad():
+            for start in range(0, len(windows), batch_size):
+                history, target = windows[start : start + batch_size]
+                output = forecast(history)
+                prediction = output if isinstance(output, Tensor) else output.prediction
+                checks.alike("the forecast", prediction, "the target", target)
+                error = (prediction - target).cpu().double()  # float64: a float32 sum over millions of errors drifts
+                squares += error.square().sum().item()
+                absolutes += error.abs().sum().item()
+                count += error.numel()
+    finally:
+        if is_model:
+            forecast.train(was_training)
+    if not math.isfinite(squares):
+        raise NonFiniteLoss("the forecast holds NaN or infinite values, so that it has no error to report")
+    return Scores(mse=squares / count, mae=absolutes / count)
+
+
+def fit(
+    model: nn.Module,
+    train: Windows,
+    validation: Windows,
+    loss: Callable[..., LossTerms],
+    *,
+    epochs: int = 10,
+    batch_size: int = 32,
+    learning_rate: float = 1e-3,
+    decay: float = 0.7,
+    patience: int = 3,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    checkpoint: Path | str | None = None,
+    progress: bool | None = None,
+) -> Training:
+    """Train a forecaster with Adam, stop early, and leave it with its best weights.
+
+    loss: a function (output, target) -> LossTerms; with weights: functools.partial(documented_loss, trend_weight=0.5).
+    learning_rate: of the first epoch; each further epoch has `decay` times the one before.
+    patience: the training stops after so many epochs in a row without a new best. What counts is the mean squared error
+        of the forecast on all validation windows, whatever the loss is, so that losses can be compared.
+    seed: of the order of the windows and of dropout. Each epoch seeds torch anew, from (seed, epoch).
+    device: where to train; None: where the model is.
+    checkpoint: a file that is replaced after every epoch. If it is there already, the training goes on from it and ends
+        as it would have without the break, on the CPU with the same bits. Only `epochs` may change in between.
+    progress: show a progress bar; None: if there is a terminal.
+    Raises TypeError, ValueError; NonFiniteLoss with the step and the term if a term of the loss is NaN or infinite.
+    """
+    checks.integer("epochs", epochs)
+    checks.integer("batch_size", batch_size)
+    checks.number("learning_rate", learning_rate, above=0)
+    checks.number("decay", decay, above=0)
+    checks.integer("patience", patience)
+    checks.integer("seed", seed, least=0)
+    if device is not None:
+        model.to(device)
+    device = next(model.parameters()).device
+    train, validation = train.to(device), validation.to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
+
+    terms: dict[str, list[float]] = {}
+    scores: list[float] = []
+    best: dict[str, Tensor] = {}
+    settings = {
+        "model": _describe_model(model),
+        "data": _digest(train, validation),
+        "loss": _describe(loss),
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "decay": decay,
+        "seed": seed,
+    }
+    if checkpoint is not None and Path(checkpoint).exists():
+        tensors, state = load_checkpoint(checkpoint)
+        _check_settings(checkpoint, state["settings"], settings)
+        terms, scores = state["terms"], state["validation"]
+        best = _group(tensors, "best")
+        model.load_state_dict(_group(tensors, "model"))
+        _restore_optimizer(optimizer, _group(tensors, "optimizer"))
+
+    while len(scores) < epochs and len(scores) - _best_epoch(scores) < patience:
+        epoch = len(scores)
+        torch.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
+        optimizer.param_groups[0]["lr"] = learning_rate * decay**epoch
+        batches = torch.randperm(len(train)).split(batch_size)
+        model.train()
+        for number, index in enumerate(tqdm(batches, f"epoch {epoch + 1}", leave=False, disable=_hide(progress))):
+            history, target = train[index]
+            try:
+                batch_loss = loss(model(history), target)
+                if not isinstance(batch_loss, LossTerms):
+                    raise TypeError(f"loss must return LossTerms; got {type(batch_loss).__name__}")
+                values = batch_loss.values()
+            except NonFiniteLoss as error:
+                step = epoch * len(batches) + number + 1
+                raise NonFiniteLoss(f"training stopped at step {step} (epoch {epoch + 1}): {error}") from error
+            optimizer.zero_grad()
+            batch_loss.total.backward()
+            optimizer.step()
+            for name, value in values.items():
+                terms.setdefault(name, []).append(value)
+
+        scores.append(evaluate(model, validation).mse)
+        if _best_epoch(scores) == len(scores):
+            best = {name: value.clone() for name, value in model.state_dict().items()}
+        if checkpoint is not None:
+            tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
+            tensors |= {f"best/{name}": value for name, value in best.items()}
+            tensors |= {f"optimizer/{name}": value for name, value in _optimizer_tensors(optimizer).items()}
+            save_checkpoint(checkpoint, tensors, {"settings": settings, "terms": terms, "validation": scores})
+
+    model.load_state_dict(best)
+    return Training(terms, scores, _best_epoch(scores))
+
+
+def _best_epoch(scores: list[float]) -> int:
+    """The epoch, counted from 1, with the lowest score; 0 before the first."""
+    return 1 + scores.index(min(scores)) if scores else 0
+
+
+def _hide(progress: bool | None) -> bool | None:
+    """tqdm's `disable`, for which None means: only if there is no terminal."""
+    return None if progress is None else not progress
+
+
+def _digest(*parts: Windows) -> str:
+    """A fingerprint of windows."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(f"{part.history} {part.horizon} {list(part.values.shape)}".encode())
+        digest.update(part.values.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _describe_model(model: nn.Module) -> dict[str, dict]:
+    """The kind of every part of a model with its plain settings: sizes, the kernel size, dropout rates."""
+    plain = (bool, int, float, str)
+    return {
+        f"{name} ({type(part).__qualname__})": {
+            key: value for key, value in vars(part).items() if isinstance(value, plain) and key != "training"
+        }
+        for name, part in model.named_modules()
+    }
+
+
+def _describe(loss: Callable) -> str:
+    """The name of a loss with the weights that functools.partial gave it."""
+    if isinstance(loss, functools.partial):
+        return f"{_describe(loss.func)} {list(loss.args)} {loss.keywords}"
+    return getattr(loss, "__qualname__", type(loss).__qualname__)
+
+
+def _check_settings(checkpoint: Path | str, then: dict, now: dict) -> None:
+    """Raise ValueError if a checkpoint comes from a training that this one cannot go on with."""
+    for name, value in now.items():
+        if then.get(name) != value:
+            raise ValueError(
+                f"{checkpoint} is of another training: its {name} was {then.get(name)!r}, now it is {value!r}; "
+                "give another file, or delete this one to start anew"
+            )
+
+
+def _group(tensors: dict[str, Tensor], group: str) -> dict[str, Tensor]:
+    """The tensors of one group of a checkpoint, without the group's name."""
+    return {name.removeprefix(f"{group}/"): value for name, value in tensors.items() if name.startswith(f"{group}/")}
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Adam's memory as {"parameter number/name": tensor}."""
+    state = optimizer.state_dict()["state"]
+    return {f"{number}/{name}": value for number, values in state.items() for name, value in values.items()}
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Give Adam its memory back."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        number, name = key.split("/")
+        state.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,314 @@
+"""Training: what it keeps, that it stops and restores, that a killed one goes on; scores over every window."""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+
+from mini_impl.checkpoint import load_checkpoint, save_checkpoint
+from mini_impl.forecasting.data import Windows
+from mini_impl.forecasting.dlinear import DLinear, Output, documented_loss, published_loss
+from mini_impl.forecasting.train import evaluate, fit
+from mini_impl.losses import LossTerms, NonFiniteLoss
+
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+
+
+def waves(rows=300, seed=0):
+    """Two noisy daily waves, [time, variable]."""
+    noise = torch.randn(rows, 2, generator=torch.Generator().manual_seed(seed))
+    hours = torch.arange(rows)[:, None] + torch.tensor([0, 6])
+    return torch.sin(2 * torch.pi * hours / 24) + 0.3 * noise
+
+
+def windows(seed=0):
+    return Windows(waves(seed=seed), history=24, horizon=6)
+
+
+def small(seed=0):
+    torch.manual_seed(seed)
+    return DLinear(history=24, horizon=6, kernel_size=5)
+
+
+class Dropout(nn.Module):
+    """A model with random numbers of its own in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.drop = small(), nn.Dropout(0.5)
+
+    def forward(self, history):
+        return self.inner(self.drop(history))
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 10_000])
+def test_every_window_counts_once(batch_size):
+    model, test = small().double(), Windows(waves().double(), 24, 6)
+    history, target = test[:]
+    error = model(history).prediction - target
+    scores = evaluate(model, test, batch_size=batch_size)
+    assert scores.mse == pytest.approx(error.square().mean().item(), rel=1e-12)
+    assert scores.mae == pytest.approx(error.abs().mean().item(), rel=1e-12)
+
+
+def test_evaluate_takes_functions_and_leaves_the_mode():
+    model = Dropout().train()
+    assert evaluate(model, windows()) == evaluate(model, windows())  # no dropout
+    assert model.training
+    assert evaluate(lambda history: history[:, -6:], windows()).mse > 0
+
+
+def test_evaluate_names_what_is_wrong():
+    with pytest.raises(ValueError, match=r"the forecast and the target.*\[256, 24, 2\] and \[256, 6, 2\]"):
+        evaluate(lambda history: history, windows())
+    with pytest.raises(NonFiniteLoss, match="forecast holds NaN"):
+        evaluate(lambda history: history[:, -6:] / 0, windows())
+    with pytest.raises(ValueError, match="batch_size"):
+        evaluate(small(), windows(), batch_size=0)
+
+
+# --- fit --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_training_learns_and_keeps_every_term(device):
+    model = small().to(device)
+    before = evaluate(model, windows(1)).mse
+    loss = functools.partial(documented_loss, trend_weight=0.5)
+    training = fit(model, windows(), windows(1), loss, epochs=4, learning_rate=1e-2)
+    steps = len(training.validation) * -(-len(windows()) // 32)
+    assert set(training.terms) == {"forecast", "trend"}
+    assert all(len(values) == steps for values in training.terms.values())
+    assert evaluate(model, windows(1)).mse < before / 2
+    assert next(model.parameters()).device.type == device
+
+
+def test_one_step_is_one_step_of_adam():
+    """The same arithmetic, written apart, in float64: one batch of all windows, one epoch."""
+    ours, theirs = small().double(), small().double()
+    data = Windows(waves().double(), 24, 6)
+    fit(ours, data, data, published_loss, epochs=1, batch_size=len(data), learning_rate=1e-2)
+    optimizer = torch.optim.Adam(theirs.parameters(), lr=1e-2)
+    history, target = data[:]
+    nn.functional.mse_loss(theirs(history).prediction, target).backward()
+    optimizer.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_the_best_weights_come_back_and_it_stops_early():
+    model = small()
+    training = fit(model, windows(), windows(1), published_loss, epochs=50, learning_rate=0.3, decay=1.0, patience=2)
+    best = min(training.validation)
+    assert evaluate(model, windows(1)).mse == best
+    assert training.validation[training.best_epoch - 1] == best
+    assert len(training.validation) == training.best_epoch + 2 < 50
+
+
+def test_seeds_decide():
+    def weights(seed):
+        model = Dropout()
+        fit(model, windows(), windows(1), published_loss, epochs=2, seed=seed)
+        return model.inner.trend.weight
+
+    assert torch.equal(weights(0), weights(0))
+    assert not torch.equal(weights(0), weights(1))
+
+
+def test_a_non_finite_loss_stops_with_step_and_term():
+    calls = []
+
+    def breaks(output, target):
+        calls.append(0)
+        good = published_loss(output, target).total
+        bad = good * float("nan") if len(calls) == 12 else good
+        return LossTerms(good + bad, {"good": good, "bad": bad})
+
+    with pytest.raises(NonFiniteLoss, match=r"step 12 \(epoch 2\): the term 'bad' of the loss is nan"):
+        fit(small(), windows(), windows(1), breaks, epochs=3)
+    with pytest.raises(NonFiniteLoss, match=r"step \d+.*term 'forecast' of the loss is (inf|nan)"):
+        fit(small(), windows(), windows(1), published_loss, epochs=3, learning_rate=1e30)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"epochs": 0}, ValueError),
+        ({"epochs": 1.5}, TypeError),
+        ({"batch_size": 0}, ValueError),
+        ({"learning_rate": 0.0}, ValueError),
+        ({"learning_rate": float("nan")}, ValueError),
+        ({"decay": -1.0}, ValueError),
+        ({"patience": 0}, ValueError),
+        ({"seed": -1}, ValueError),
+    ],
+)
+def test_bad_settings_are_named(wrong, error):
+    with pytest.raises(error, match=next(iter(wrong))):
+        fit(small(), windows(), windows(1), published_loss, **wrong)
+
+
+def test_the_loss_must_return_loss_terms():
+    with pytest.raises(TypeError, match="loss must return LossTerms; got Tensor"):
+        fit(small(), windows(), windows(1), lambda output, target: output.prediction.mean())
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    pass
+
+
+def stopping(after):
+    """A loss that breaks off after so many steps, as a kill would."""
+    calls = []
+
+    def loss(output, target):
+        calls.append(0)
+        if len(calls) > after:
+            raise Stop
+        return published_loss(output, target)
+
+    return loss
+
+
+def named(loss):
+    loss.__qualname__ = "loss"
+    return loss
+
+
+@pytest.mark.parametrize("after", [0, 3, 9, 10, 25])
+def test_a_broken_off_training_ends_in_the_same_bits(tmp_path, after):
+    settings = {"epochs": 4, "learning_rate": 1e-2, "patience": 2}
+    whole = Dropout()
+    expected = fit(whole, windows(), windows(1), named(stopping(1000)), **settings)
+
+    path = tmp_path / "run"
+    with pytest.raises(Stop):
+        fit(Dropout(), windows(), windows(1), named(stopping(after)), checkpoint=path, **settings)
+    model = Dropout()
+    with torch.no_grad():
+        model.inner.trend.weight.add_(0 if after < 9 else 1)  # after an epoch the file decides, not the model given
+    got = fit(model, windows(), windows(1), named(stopping(1000)), checkpoint=path, **settings)
+    assert got == expected
+    for name, value in whole.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    again = Dropout()
+    assert (
+        fit(again, windows(), windows(1), named(stopping(0)), checkpoint=path, **settings) == expected
+    )  # nothing to do
+    assert torch.equal(again.inner.trend.weight, whole.inner.trend.weight)
+
+
+SCRIPT = textwrap.dedent("""
+    import sys, torch
+    from mini_impl.forecasting.data import Windows
+    from mini_impl.forecasting.dlinear import DLinear, published_loss
+    from mini_impl.forecasting.train import fit
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    values = torch.randn(400, 2)
+    model = DLinear(history=24, horizon=6, kernel_size=5)
+    data = Windows(values[:300], 24, 6), Windows(values[300:], 24, 6)
+    print("ready", flush=True)
+    fit(model, *data, published_loss, epochs=40, patience=40, batch_size=8, checkpoint=sys.argv[1])
+    torch.save(model.state_dict(), sys.argv[1] + ".end")
+    print("done", flush=True)
+""")
+
+
+def test_killed_at_any_instant_it_goes_on(tmp_path):
+    def start(path):
+        command = [sys.executable, "-c", SCRIPT, str(path)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    assert start(tmp_path / "whole").communicate(timeout=120)[0].endswith("done\n")
+    path, kills = tmp_path / "killed", 0
+    for delay in [0.1, 0.3, 120]:
+        run = start(path)
+        assert run.stdout.readline() == "ready\n"
+        try:
+            run.wait(timeout=delay)
+        except subprocess.TimeoutExpired:
+            run.send_signal(signal.SIGKILL)
+            run.wait()
+            kills += 1
+        if path.exists():
+            load_checkpoint(path)  # whole, at any instant
+    assert kills
+    whole, killed = (torch.load(f"{tmp_path / name}.end", weights_only=True) for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path):
+    path = tmp_path / "run"
+    loss = functools.partial(documented_loss, trend_weight=0.5)
+    fit(small(), windows(), windows(1), loss, epochs=1, checkpoint=path)
+    for what, call in {
+        "seed": lambda: fit(small(), windows(), windows(1), loss, epochs=1, seed=1, checkpoint=path),
+        "data": lambda: fit(small(), windows(2), windows(1), loss, epochs=1, checkpoint=path),
+        "loss": lambda: fit(
+            small(), windows(), windows(1), functools.partial(loss, trend_weight=1.0), epochs=1, checkpoint=path
+        ),
+        "model": lambda: fit(DLinear(24, 6, kernel_size=7), windows(), windows(1), loss, epochs=1, checkpoint=path),
+    }.items():
+        with pytest.raises(ValueError, match=f"another training: its {what} was"):
+            call()
+    fit(small(), windows(), windows(1), loss, epochs=2, checkpoint=path)  # more epochs are welcome
+
+
+def test_checkpoints_hold_no_pickle_and_are_never_half_there(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "run"
+    tensors = {"a": torch.arange(3.0), "b": torch.randn(2, 2, dtype=torch.float64)}
+    save_checkpoint(path, tensors, {"epoch": 3, "名": "值"})
+    got, state = load_checkpoint(path)
+    assert state == {"epoch": 3, "名": "值"}
+    assert all(torch.equal(got[name], value) for name, value in tensors.items())
+    assert b"PK\x03\x04" not in path.read_bytes() and b"\x80\x02" not in path.read_bytes()[:2]
+
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(path, {"a": torch.zeros(1)}, {})
+    assert load_checkpoint(path)[1]["epoch"] == 3
+    assert [file.name for file in path.parent.iterdir()] == ["run"]
+
+
+def test_other_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+        load_checkpoint(tmp_path / "none")
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(ValueError, match="text is not a whole safetensors file"):
+        load_checkpoint(tmp_path / "text")
+    save_checkpoint(tmp_path / "good", {"a": torch.zeros(1000)}, {})
+    (tmp_path / "cut").write_bytes((tmp_path / "good").read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cut is not a whole safetensors file"):
+        load_checkpoint(tmp_path / "cut")
+    with pytest.raises(ValueError, match="JSON"):
+        save_checkpoint(tmp_path / "nan", {}, {"loss": float("nan")})
+
+
+def test_output_without_validation_gain_still_returns_a_model():
+    """A model that cannot learn: the best epoch is the first."""
+
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.level = nn.Parameter(torch.zeros(1))
+
+        def forward(self, history):
+            flat = history[:, -6:] * 0 + 0 * self.level
+            return Output(flat, flat)
+
+    training = fit(Fixed(), windows(), windows(1), published_loss, epochs=9, patience=2)
+    assert training.best_epoch == 1 and len(training.validation) == 3
