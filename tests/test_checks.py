@@ -103,3 +103,74 @@ def test_choice():
     checks.choice("norm", "fro", ("fro", "spectral"))
     with pytest.raises(ValueError, match="norm must be one of 'fro', 'spectral'; got 'max'"):
         checks.choice("norm", "max", ("fro", "spectral"))
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "words"),
+    [
+        (4, ValueError, "kernel_size must be odd, .*; got 4"),
+        (7, ValueError, "kernel_size must be at most the length of the series, 5; got 7"),
+        (-1, ValueError, "kernel_size must be at least 1"),
+        (3.0, TypeError, "kernel_size must be a whole number"),
+    ],
+)
+def test_odd(value, error, words):
+    assert checks.odd("kernel_size", 5, most=5) == 5
+    with pytest.raises(error, match=words):
+        checks.odd("kernel_size", value, most=5)
+
+
+# --- what forecasters take and give ---------------------------------------------------------------------------------
+
+
+class Output:
+    def __init__(self, prediction):
+        self.prediction = prediction
+
+
+def test_pairs():
+    checks.pairs("history", torch.zeros(4, 9, 2), "target", torch.zeros(4, 3, 2))
+    for other in (torch.zeros(5, 3, 2), torch.zeros(4, 3, 1)):
+        with pytest.raises(ValueError, match=r"history and target must have the same windows .*\[4, 9, 2\] and"):
+            checks.pairs("history", torch.zeros(4, 9, 2), "target", other)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "words"),
+    [
+        (
+            torch.zeros(4, 8, 2),
+            ValueError,
+            r"history must have 9 time steps, as the model was made for; got \[4, 8, 2\]",
+        ),
+        (torch.zeros(4, 9), ValueError, r"history must be .*\[batch, time, variable\].*\[4, 9\]"),
+        (torch.zeros(4, 9, 2).double(), TypeError, r"history must have the dtype of the model, torch\.float32; got"),
+        (torch.zeros(4, 9, 2, device="meta"), ValueError, "history must be on the device of the model, cpu; got meta"),
+        (torch.full((4, 9, 2), math.inf), ValueError, "history .*72 of its 72 are NaN or infinite"),
+    ],
+)
+def test_history(value, error, words):
+    checks.history(torch.zeros(4, 9, 2), 9, torch.zeros(1))
+    with pytest.raises(error, match=words):
+        checks.history(value, 9, torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("output", "target", "error", "words"),
+    [
+        (torch.zeros(4, 3, 2), torch.zeros(4, 3, 2), TypeError, r"output must be what a model returned, .*got Tensor"),
+        (
+            Output(torch.zeros(4, 3, 2)),
+            torch.zeros(4, 3, 1),
+            ValueError,
+            "output.prediction and target must have one shape",
+        ),
+        (Output(torch.zeros(4, 3, 2)), torch.zeros(4, 3), ValueError, r"target must be .*\[batch, horizon, variable\]"),
+        (Output(torch.zeros(4, 3, 2)), torch.zeros(4, 3, 2).double(), TypeError, "one dtype"),
+        (Output(torch.zeros(1, 1, 1)), torch.tensor([[[math.nan]]]), ValueError, "target .*1 of its 1 are NaN"),
+    ],
+)
+def test_forecast(output, target, error, words):
+    checks.forecast(Output(torch.zeros(4, 3, 2)), torch.zeros(4, 3, 2))
+    with pytest.raises(error, match=words):
+        checks.forecast(output, target)

