@@ -1,4 +1,4 @@
-"""Ties the pages of the two editions together: a switch to the same page in the other language, and links for search engines."""
+"""Makes two editions one book: a switch to the same page in the other language, links for search engines, no stray English."""
 
 from pathlib import Path
 
@@ -7,11 +7,28 @@ from sphinx.config import Config
 
 TAGS = {"en": "en", "zh": "zh-CN"}
 NAMES = {"en": "English", "zh": "中文"}
+# What the themes leave in English on a Chinese page, or translate badly. All of it stands in attributes.
+CHINESE = {
+    "Color mode": "明暗模式",
+    "Colab logo": "Colab 图标",
+    "Launch interactive content": "运行本页",
+    "Launch on Colab": "在 Colab 中打开",
+    "Link to this heading": "本节链接",
+    "Main": "全书目录",
+    "Page": "本页目录",
+    "Search": "搜索",
+    "System Settings": "跟随系统设置",
+    "Toggle hidden content": "展开或收起",
+    "Toggle primary sidebar": "展开或收起全书目录",
+    "Toggle secondary sidebar": "展开或收起本页目录",
+    "列印成 PDF": "打印为 PDF",
+}
 
 
 def setup(app: Sphinx) -> dict:
     app.connect("config-inited", place_switch)
     app.connect("html-page-context", link_other_language)
+    app.connect("build-finished", translate_attributes)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
@@ -20,6 +37,7 @@ def place_switch(app: Sphinx, config: Config) -> None:
     theme = config.html_theme_options
     theme["article_header_end"] = ["language-switch.html", "article-header-buttons.html"]
     theme["navbar_persistent"] = []  # else the theme adds an empty bar at the top, with a second search box
+    theme["use_fullscreen_button"] = False  # one button more is wider than a phone
 
 
 def link_other_language(app: Sphinx, page: str, template: str, context: dict, doctree) -> None:
@@ -36,3 +54,14 @@ def link_other_language(app: Sphinx, page: str, template: str, context: dict, do
     links = [f'<link rel="alternate" hreflang="{TAGS[name]}" href="{base}{name}/{page}.html" />' for name in TAGS]
     links.append(f'<link rel="alternate" hreflang="x-default" href="{base}en/{page}.html" />')
     context["metatags"] = "\n".join([context.get("metatags", ""), *links])
+
+
+def translate_attributes(app: Sphinx, error: Exception | None) -> None:
+    """Put the themes' last English words on Chinese pages into Chinese; most are no text that Sphinx lets one translate."""
+    if error or Path(app.srcdir).name != "zh" or app.builder.name != "html":
+        return
+    for page in Path(app.outdir).glob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        for english, chinese in CHINESE.items():
+            text = text.replace(f'="{english}"', f'="{chinese}"')
+        page.write_text(text, encoding="utf-8")
