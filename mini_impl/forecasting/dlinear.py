@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mini_impl import checks
-from mini_impl.forecasting.layers import box, moving_average
+from mini_impl.forecasting.layers import moving_average
 from mini_impl.losses import LossTerms
 
 
@@ -20,9 +20,7 @@ def decompose(series: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:
     Returns (trend, seasonal), both [batch, time, variable]: t_t = 1/k sum of the k values around x_t, s = x - t.
     Raises TypeError, ValueError. Source: documented step 1.
     """
-    checks.tensor("series", series, "batch", "time", "variable")
-    checks.odd("kernel_size", kernel_size, most=series.shape[1])
-    trend = moving_average(series, box(kernel_size))
+    trend = moving_average(series, kernel_size)
     return trend, series - trend
 
 
@@ -98,21 +96,21 @@ def closed_form(history: Tensor, target: Tensor, kernel_size: int = 25, trend_we
     checks.pairs("history", history, "target", target)
     checks.number("trend_weight", trend_weight, least=0)
     model = DLinear(history.shape[1], target.shape[1], kernel_size).double()
-    inputs = 2 * (model.history + 1)
+    sizes = [model.history, 1, model.history, 1]  # of t, 1, s, 1
 
-    # Least squares needs no more of the rows [features, y] than the triangle R of their QR factors: add piece by piece.
-    triangle = torch.empty(0, inputs + model.horizon, dtype=torch.float64)
-    for piece, answer in zip(history.split(2048), target.split(2048), strict=True):
-        trend, seasonal = (part.mT.flatten(0, 1) for part in decompose(piece.cpu().double(), kernel_size))
-        y = answer.cpu().double().mT.flatten(0, 1)  # [window * variable, horizon]
-        one = torch.ones(len(y), 1, dtype=torch.float64)
-        forecast_rows = torch.cat([trend, one, seasonal, one, y], dim=1)
-        trend_rows = torch.cat([trend, one, 0 * seasonal, 0 * one, y], dim=1) * trend_weight**0.5
-        triangle = torch.linalg.qr(torch.cat([triangle, forecast_rows, trend_rows]), mode="r").R
+    # All that least squares needs of the rows [t, 1, s, 1, y] is R of their QR factors: piece by piece, to save memory.
+    triangle = torch.empty(0, sum(sizes) + model.horizon, dtype=torch.float64)
+    for x, y in zip(history.split(2048), target.split(2048), strict=True):
+        trend, seasonal = (part.mT.flatten(0, 1) for part in decompose(x.cpu().double(), kernel_size))
+        one = torch.ones(len(trend), 1, dtype=torch.float64)
+        rows = torch.cat([trend, one, seasonal, one, y.cpu().double().mT.flatten(0, 1)], dim=1)
+        triangle = torch.linalg.qr(torch.cat([triangle, rows]), mode="r").R
+    trend_only = triangle.clone()
+    trend_only[:, model.history + 1 : sum(sizes)] = 0
+    features, answers = torch.cat([triangle, trend_weight**0.5 * trend_only]).split([sum(sizes), model.horizon], dim=1)
+    solution = torch.linalg.lstsq(features, answers, driver="gelsd").solution  # [feature, horizon], of least norm
 
-    solution = torch.linalg.lstsq(triangle[:, :inputs], triangle[:, inputs:], driver="gelsd").solution
-    weights = solution.mT.split([model.history, 1, model.history, 1], dim=1)  # each [horizon, ..]
     with torch.no_grad():
-        for parameter, value in zip(model.parameters(), weights, strict=True):
-            parameter.copy_(value.view_as(parameter))
+        for parameter, part in zip(model.parameters(), solution.split(sizes), strict=True):
+            parameter.copy_(part.mT.reshape(parameter.shape))
     return model

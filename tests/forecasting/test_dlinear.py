@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mini_impl.forecasting.dlinear import DLinear, Output, closed_form, decompose, documented_loss, published_loss
-from mini_impl.forecasting.layers import box, half_weighted, moving_average
+from mini_impl.forecasting.layers import half_weighted, moving_average, weighted_average
 from mini_impl.losses import LossTerms, NonFiniteLoss
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dlinear.json"
@@ -68,10 +68,18 @@ def test_half_weighted_average_removes_its_period_and_keeps_a_line(period):
     wave = torch.randn(period, generator=torch.Generator().manual_seed(0), dtype=torch.float64).repeat(5)
     weights = half_weighted(period)
     assert weights.sum() == pytest.approx(1)
-    level = moving_average(wave.view(1, -1, 1), weights).flatten()[inside]
+    level = weighted_average(wave.view(1, -1, 1), weights).flatten()[inside]
     torch.testing.assert_close(level, torch.full_like(level, wave[:period].mean().item()))
-    line = moving_average(steps.view(1, -1, 1), weights).flatten()[inside]
+    line = weighted_average(steps.view(1, -1, 1), weights).flatten()[inside]
     torch.testing.assert_close(line, steps[inside])
+
+
+@given(sizes, st.integers(0, 10**6))
+def test_equal_weights_are_the_moving_average(size, seed):
+    time, half = size
+    series, size = random(2, time, 2, seed=seed), 2 * half + 1
+    equal = weighted_average(series, torch.full((size,), 1 / size, dtype=torch.float64))
+    torch.testing.assert_close(equal, moving_average(series, size), rtol=0, atol=1e-12)
 
 
 def test_frequency_response_of_the_box():
@@ -79,7 +87,7 @@ def test_frequency_response_of_the_box():
         offsets = np.arange(size) - size // 2
         expected = np.cos(2 * np.pi * offsets / period).mean()
         wave = torch.cos(2 * np.pi * torch.arange(480, dtype=torch.float64) / period).view(1, -1, 1)
-        got = moving_average(wave, box(size)).flatten()
+        got = moving_average(wave, size).flatten()
         torch.testing.assert_close(got[48:-48], expected * wave.flatten()[48:-48], rtol=0, atol=1e-12)
 
 
@@ -281,8 +289,8 @@ GOOD = torch.zeros(2, 10, 3)
         (lambda: decompose(GOOD / 0, 3), ValueError, "series.*60 of its 60 are NaN"),
         (lambda: decompose(GOOD[:0], 3), ValueError, r"series.*no axis empty.*\[0, 10, 3\]"),
         (lambda: half_weighted(7), ValueError, "period must be even; got 7"),
-        (lambda: box(6), ValueError, "size must be odd"),
-        (lambda: moving_average(GOOD, torch.ones(4)), ValueError, "number of weights must be odd"),
+        (lambda: weighted_average(GOOD, torch.ones(4)), ValueError, "number of weights must be odd"),
+        (lambda: weighted_average(GOOD, torch.ones(11)), ValueError, "number of weights must be at most.*10; got 11"),
         (lambda: DLinear(history=0, horizon=3), ValueError, "history must be at least 1; got 0"),
         (lambda: DLinear(history=96, horizon=0), ValueError, "horizon must be at least 1; got 0"),
         (lambda: DLinear(history=20, horizon=3), ValueError, "kernel_size must be at most.*20; got 25"),
