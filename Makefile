@@ -26,11 +26,11 @@ test: .venv/test ## set everything up and pass every test
 	$(ONE_THREAD) .venv/bin/pytest -n 2 --dist loadgroup tests
 	$(ONE_THREAD) .venv/bin/pytest -n 2 --dist loadscope --nbval-lax --nbval-current-env --nbval-cell-timeout=300 book/en book/zh
 
-check: .venv/test ## the checks that take seconds: style, and whether the notebooks are those of their sources
+check: .venv/test ## the checks that take seconds: style, set-up, and whether the notebooks are up to date
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/python book/tools/notebooks.py --check
-	.venv/bin/pytest -q tests/test_project.py
+	.venv/bin/pytest -q -m "not slow" tests/test_project.py
 
 notebooks: .venv/book ## make the notebooks from book/src and run those that changed (ALL=1: run all)
 	.venv/bin/python book/tools/notebooks.py $(if $(ALL),--all)

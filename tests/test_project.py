@@ -238,6 +238,7 @@ def test_no_venv_module(project, command):
     assert not (project.folder / ".venv").exists()
 
 
+@pytest.mark.slow
 @BOTH
 def test_no_network_and_a_venv_without_pip(project, command):
     # What `python3 -m venv` leaves behind where ensurepip is missing.
@@ -381,6 +382,7 @@ def test_conda_users_build_as_make_does():
     assert lines and [line.strip() for line in recipe.splitlines()][: len(lines)] == lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", FORECASTS)
 def test_forecasts_of_the_readme_report_model_and_baselines(command, tmp_path):
     """As written, on a file of as many rows as the split asks for; of an option given twice the last counts."""
