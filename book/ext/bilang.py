@@ -1,4 +1,4 @@
-"""Makes two editions one book: a switch to the same page in the other language, links for search engines, no stray English."""
+"""Makes one book of two editions: a switch to the other language, links for search engines, no stray English."""
 
 from pathlib import Path
 
@@ -41,12 +41,13 @@ def place_switch(app: Sphinx, config: Config) -> None:
 
 
 def link_other_language(app: Sphinx, page: str, template: str, context: dict, doctree) -> None:
-    """Give the page's template what the switch needs, and its head the links that tell search engines of both languages."""
+    """Give the page what its switch needs, and the links that tell search engines of both languages."""
     here = Path(app.srcdir).name
     if here not in TAGS:
         return  # the chooser, which is in both languages
     other = "zh" if here == "en" else "en"
-    # A relative address works wherever the site lies, on a disk too; search engines ask for a full one if there is a base address.
+    # A relative address works wherever the site lies, on a disk too. Where the site has a base address, search engines
+    # want the full one.
     up = "../" * (page.count("/") + 1)
     base = app.config.html_baseurl.removesuffix(f"{here}/") or up
     # Pages that the theme makes itself (search, index of terms) exist in both editions too.
@@ -57,7 +58,7 @@ def link_other_language(app: Sphinx, page: str, template: str, context: dict, do
 
 
 def translate_attributes(app: Sphinx, error: Exception | None) -> None:
-    """Put the themes' last English words on Chinese pages into Chinese; most are no text that Sphinx lets one translate."""
+    """Put the themes' last English words on Chinese pages into Chinese; Sphinx lets one translate few of them."""
     if error or Path(app.srcdir).name != "zh" or app.builder.name != "html":
         return
     for page in Path(app.outdir).glob("*.html"):

@@ -1,10 +1,11 @@
 """`jupyter-book build .` builds the page that chooses a language, and each language as a Sphinx project of its own.
 
-_toc.yml lists the pages of all editions. Those of the edition `zh` lie in book/zh and become _build/html/zh; the first one listed is its
-front page. Its settings are those of _config.yml with the ones under `editions: zh` on top.
+_toc.yml lists the pages of all editions. Those of the edition `zh` lie in book/zh and become _build/html/zh; the first
+one listed is its front page. Its settings are those of _config.yml with the ones under `editions: zh` on top.
 
-A project of its own has its own language, sidebar, search and page order, which one project for both languages would mix. The child
-build is the same command line once more, told by the environment which edition it is; so every option reaches it by itself.
+A project of its own has its own language, sidebar, search and page order, which one project for both languages would
+mix. The child build is the same command line once more, told by the environment which edition it is; so every option
+reaches it by itself.
 """
 
 import os
@@ -64,7 +65,9 @@ def toc_of_chooser(toc: dict, editions: dict) -> dict:
     for part in toc["parts"]:
         for chapter in part["chapters"]:
             if not str(chapter.get("file")).startswith(tuple(f"book/{edition}/" for edition in editions)):
-                raise ConfigError(f"_toc.yml: every chapter lies in book/ and one of {', '.join(editions)}; got {chapter}")
+                raise ConfigError(
+                    f"_toc.yml: every chapter lies in book/ and one of {', '.join(editions)}; got {chapter}"
+                )
     return {"format": toc["format"], "root": toc["root"].removeprefix("book/")}
 
 
@@ -78,7 +81,9 @@ def toc_of_edition(toc: dict, edition: str) -> dict:
 
 def entries_below(entries: list[dict], folder: str) -> list[dict]:
     """The entries of a table of contents that lie in a folder, with file names relative to it."""
-    kept = [{**entry, "file": entry["file"].removeprefix(folder)} for entry in entries if entry["file"].startswith(folder)]
+    kept = [
+        {**entry, "file": entry["file"].removeprefix(folder)} for entry in entries if entry["file"].startswith(folder)
+    ]
     for entry in kept:
         if "sections" in entry:
             entry["sections"] = entries_below(entry["sections"], folder)
@@ -113,6 +118,6 @@ def build_editions(app: Sphinx, editions: dict) -> None:
 
 
 def forget_after_warning(app: Sphinx, error: Exception | None) -> None:
-    """Read every page again next time: Sphinx says nothing about a page that it does not read, so the warning would be lost."""
+    """Read every page again next time: Sphinx is silent about a page that it does not read, and the warning lost."""
     if app._warncount:
         Path(app.doctreedir, ENV_PICKLE_FILENAME).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Chinese search without a dictionary: the index holds single characters and pairs, and a query is split into pairs likewise.
+"""Chinese search without a dictionary: the index holds single characters and pairs, and a query is split likewise.
 
 Sphinx indexes the words of a dictionary but never splits a query, so it finds nothing for 梯度下降, which is two words.
 """

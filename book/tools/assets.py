@@ -17,7 +17,7 @@ WANTED = (IN_WHEEL + "tex-chtml-full.js", IN_WHEEL + "output/chtml/fonts/")
 
 
 def complete() -> bool:
-    """Whether the files of these very pins are there: a copy of assets.txt is the last thing that comes into the folder."""
+    """Whether the files of these very pins are there: a copy of assets.txt comes into the folder last."""
     copy = VENDOR / PINS.name
     return copy.exists() and copy.read_bytes() == PINS.read_bytes()
 

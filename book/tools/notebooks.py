@@ -1,7 +1,8 @@
 """One bilingual source, book/src/NAME.md, becomes two executed notebooks: book/en/NAME.ipynb and book/zh/NAME.ipynb.
 
-A source is MyST Markdown. Its prose cells are marked +++ {"lang": "en"} and +++ {"lang": "zh"}, each English one directly followed by
-its Chinese neighbour; its code cells are shared. A code cell that shows pictures describes them, alt: {en: ..., zh: ...}.
+A source is MyST Markdown. Its prose cells are marked +++ {"lang": "en"} and +++ {"lang": "zh"}, each English one
+directly followed by its Chinese neighbour; its code cells are shared. A code cell that shows pictures describes them,
+alt: {en: ..., zh: ...}.
 
 A page is executed again only if one of its code cells changed. When mini_impl changed, and not the page, say --all.
 """
@@ -42,8 +43,8 @@ from mini_impl.language import use_language
 use_language("{language}")"""
 TITLE = {"en": "The book's package, and the language of this page", "zh": "本书的程序包，以及本页的语言"}
 BY_HAND = {
-    "en": "This page needs the package mini_impl: in the root of a copy of the book's repository, run  pip install \".[zh]\"",
-    "zh": "本页需要程序包 mini_impl：请在本书仓库副本的根目录下运行  pip install \".[zh]\"",
+    "en": 'This page needs the package mini_impl: in the root of a copy of the book, run  pip install ".[zh]"',
+    "zh": '本页需要程序包 mini_impl：请在本书副本的根目录下运行  pip install ".[zh]"',
 }
 
 
@@ -70,7 +71,11 @@ def repository_url() -> str:
 
 def setup_cell(language: str, url: str) -> NotebookNode:
     """The first code cell of every page that computes, and the only one that differs between the languages."""
-    rescue = f'%pip install --quiet "mini_impl[zh] @ git+{url}"' if url else f"raise ImportError({BY_HAND[language]!r}) from None"
+    rescue = (
+        f'%pip install --quiet "mini_impl[zh] @ git+{url}"'
+        if url
+        else f"raise ImportError({BY_HAND[language]!r}) from None"
+    )
     source = SETUP.format(title=TITLE[language], rescue=rescue, language=language)
     return new_code_cell(source, id="setup", metadata={"tags": ["hide-input"]})
 
@@ -78,25 +83,35 @@ def setup_cell(language: str, url: str) -> NotebookNode:
 def read_source(name: str) -> list[NotebookNode]:
     """The cells of a source, of both languages. Raises PageError unless every prose cell has its neighbour."""
     cells = jupytext.read(source_path(name), fmt="md:myst").cells
-    languages = [cell.metadata.get("lang") if cell.cell_type == "markdown" else "code" for cell in cells]
-    for before, cell, own, after in zip(["", *languages], cells, languages, [*languages[1:], ""], strict=False):
-        where = f"book/src/{name}.md, the cell that begins {cell.source[:60]!r}"
-        if own == "code" and "lang" in cell.metadata:
-            raise PageError(f"{where}: code cells are shared by the languages; take its `lang` away")
-        if own not in ("code", *LANGUAGES):
-            raise PageError(f'{where}: a prose cell begins with +++ {{"lang": "en"}} or +++ {{"lang": "zh"}}; got {own!r}')
-        if (own == "en" and after != "zh") or (own == "zh" and before != "en"):
-            raise PageError(f"{where}: every English prose cell is directly followed by its Chinese neighbour; this one stands alone")
+    kinds = [cell.metadata.get("lang") if cell.cell_type == "markdown" else "code" for cell in cells]
+    for cell, kind in zip(cells, kinds, strict=True):
+        if kind == "code" and "lang" in cell.metadata:
+            raise source_error(name, cell, "code cells are shared by the languages; take its `lang` away")
+        if kind not in ("code", *LANGUAGES):
+            raise source_error(
+                name, cell, f'prose begins with +++ {{"lang": "en"}} or +++ {{"lang": "zh"}}; got {kind!r}'
+            )
+    for before, cell, kind, after in zip(["code", *kinds[:-1]], cells, kinds, [*kinds[1:], "code"], strict=True):
+        if (kind == "en" and after != "zh") or (kind == "zh" and before != "en"):
+            raise source_error(name, cell, "English prose is directly followed by the Chinese; this cell stands alone")
     return cells
 
 
+def source_error(name: str, cell: NotebookNode, what: str) -> PageError:
+    return PageError(f"book/src/{name}.md, the cell that begins {cell.source[:60]!r}: {what}")
+
+
 def describe_pictures(cell: NotebookNode, name: str, language: str) -> None:
-    """Turn a code cell's `alt`, given in both languages, into the key by which MyST-NB describes the cell's pictures."""
+    """Turn a code cell's `alt`, given in both languages, into the key by which MyST-NB describes its pictures."""
     alt = cell.metadata.pop("alt", None)
     if alt is None:
         return
-    if not isinstance(alt, dict) or sorted(alt) != list(LANGUAGES) or not all(isinstance(text, str) for text in alt.values()):
-        raise PageError(f"book/src/{name}.md: `alt` must be a text for en and one for zh; got {alt!r}")
+    if (
+        not isinstance(alt, dict)
+        or sorted(alt) != list(LANGUAGES)
+        or not all(isinstance(text, str) for text in alt.values())
+    ):
+        raise source_error(name, cell, f"`alt` must be a text for en and one for zh; got {alt!r}")
     cell.metadata["mystnb"] = {"image": {"alt": alt[language]}}
 
 
@@ -105,7 +120,7 @@ def make_notebook(name: str, language: str, url: str) -> NotebookNode:
     cells = [cell for cell in read_source(name) if cell.metadata.pop("lang", language) == language]
     seen = {}
     for cell in cells:
-        # Jupytext gives random ids. These stay the same as long as a cell's text does; equal cells are told apart by counting.
+        # Jupytext gives random ids. These stay as long as a cell's text does; equal cells are told apart by counting.
         seen[cell.source] = seen.get(cell.source, 0) + 1
         cell["id"] = hashlib.sha256(f"{seen[cell.source]} {cell.source}".encode()).hexdigest()[:12]
         if cell.cell_type == "code":
@@ -124,7 +139,7 @@ def code_cells(cells: list[NotebookNode]) -> list[NotebookNode]:
 
 
 def carry_over(notebook: NotebookNode, stored: NotebookNode | None) -> bool:
-    """Give `notebook` the outputs of the stored one, if that ran with the same code (set-up cell aside). Returns whether it did."""
+    """Give `notebook` the outputs of the stored one if that ran with the same code, set-up cell aside; else False."""
     if stored is None:
         return False
     new, old = code_cells(notebook.cells), code_cells(stored.cells)
@@ -142,10 +157,13 @@ def execute(notebook: NotebookNode, name: str, language: str) -> None:
     """Run all cells in the notebook's folder. Raises PageError, naming the cell, for whatever goes wrong."""
     folder = notebook_path(name, language).parent
     folder.mkdir(parents=True, exist_ok=True)
+    started = []
     client = NotebookClient(
         notebook,
+        on_cell_execute=lambda cell, cell_index: started.append(cell),
         timeout=SECONDS_A_CELL,
         record_timing=False,
+        coalesce_streams=True,  # else how many pieces a cell's prints come in depends on time
         resources={"metadata": {"path": str(folder)}},
         extra_arguments=["--log-level=ERROR"],  # else each kernel warns that it talks over the network of this machine
     )
@@ -154,31 +172,28 @@ def execute(notebook: NotebookNode, name: str, language: str) -> None:
     try:
         client.execute(env=environment)
     except CellExecutionError as error:
-        raise cell_error(notebook, name, language, f"{error.ename}: {error.evalue}") from None
-    except (CellControlSignal, DeadKernelError, RuntimeError) as error:
-        raise cell_error(notebook, name, language, str(error)) from None
+        raise PageError(f"{place(notebook, started[-1], name, language)}\n{error.ename}: {error.evalue}") from None
+    except (CellControlSignal, DeadKernelError) as error:
+        raise PageError(f"{place(notebook, started[-1], name, language)}\n{error}") from None
 
 
-def cell_error(notebook: NotebookNode, name: str, language: str, what: str) -> PageError:
-    """What went wrong in the cell that ran last."""
-    number, source = 0, "(no cell has run)"
-    for cell in code_cells(notebook.cells):
-        if cell.execution_count is not None:
-            number, source = number + 1, cell.source
-    return PageError(f"book/src/{name}.md in {language}, code cell {number} (the set-up cell is 1):\n\n{source}\n\n{what}")
+def place(notebook: NotebookNode, cell: NotebookNode, name: str, language: str) -> str:
+    """Where a code cell stands, and what is in it."""
+    number = 1 + code_cells(notebook.cells).index(cell)
+    return f"book/src/{name}.md in {language}, code cell {number} (the set-up cell is 1)\n\n{cell.source}\n"
 
 
 def check_outputs(notebook: NotebookNode, name: str, language: str) -> None:
-    """Raise PageError for what a reader should not see: messages on stderr, a picture that failed, a picture without description."""
-    for number, cell in enumerate(code_cells(notebook.cells), 1):
-        where = f"book/src/{name}.md in {language}, code cell {number} (the set-up cell is 1)"
+    """Raise PageError for what no reader should meet: words on stderr, a picture that failed or is not described."""
+    for cell in code_cells(notebook.cells):
+        where = place(notebook, cell, name, language)
         for output in cell.outputs:
             if output.output_type == "error":
-                raise PageError(f"{where}:\n\n{cell.source}\n\n{output.ename}: {output.evalue}")
+                raise PageError(f"{where}\n{output.ename}: {output.evalue}")
             if output.get("name") == "stderr":
-                raise PageError(f"{where} writes to stderr:\n\n{cell.source}\n\n{output.text}")
+                raise PageError(f"{where}\nIt writes to stderr: {output.text}")
             if any(kind.startswith("image/") for kind in output.get("data", {})) and "mystnb" not in cell.metadata:
-                raise PageError(f"{where} shows a picture, so it needs a description, alt: {{en: ..., zh: ...}}:\n\n{cell.source}")
+                raise PageError(f"{where}\nIt shows a picture, which needs a description, alt: {{en: ..., zh: ...}}")
 
 
 # ---- The same bytes from the same source

@@ -1,0 +1,110 @@
+"""The committed notebooks: what the sources give, the same in both languages, executed, described, small."""
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from books import LANGUAGES, ROOT, check_widgets, check_words, make_notebooks
+
+NAMES = sorted(path.stem for path in (ROOT / "book" / "src").glob("*.md"))
+assert len(NAMES) >= 6, "the tests below run once a page"
+each_page = pytest.mark.parametrize("name", NAMES)
+each_notebook = pytest.mark.parametrize(
+    ("name", "language"), [(name, language) for name in NAMES for language in LANGUAGES]
+)
+
+
+@cache
+def notebook(name: str, language: str, root: Path = ROOT) -> nbformat.NotebookNode:
+    return nbformat.read(root / "book" / language / f"{name}.ipynb", as_version=4)
+
+
+def cells(name: str, language: str, kind: str) -> list:
+    return [cell for cell in notebook(name, language).cells if cell.cell_type == kind]
+
+
+def outputs(name: str, language: str) -> list:
+    return [output for cell in cells(name, language, "code") for output in cell.outputs]
+
+
+def test_committed_notebooks_are_what_the_sources_give():
+    done = make_notebooks(ROOT, "--check")
+    assert done.status == 0, done.output
+
+
+def test_every_page_is_in_the_contents_in_both_languages():
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
+    files = [chapter["file"] for part in toc["parts"] for chapter in part["chapters"]]
+    assert sorted(files) == sorted(f"book/{language}/{name}" for name in NAMES for language in LANGUAGES)
+    order = [[Path(file).name for file in files if file.startswith(f"book/{language}/")] for language in LANGUAGES]
+    assert order[0] == order[1], "both languages have the pages in the same order"
+
+
+@each_page
+def test_prose_stands_in_pairs(name):
+    english, chinese = ([cell.cell_type for cell in notebook(name, language).cells] for language in LANGUAGES)
+    assert english == chinese and "markdown" in english
+    source = (ROOT / "book" / "src" / f"{name}.md").read_text(encoding="utf-8")
+    marks = re.findall(r'^\+\+\+ \{"lang": "(\w+)"\}$', source, flags=re.MULTILINE)
+    assert marks == list(LANGUAGES) * (len(marks) // 2) and len(marks) == 2 * english.count("markdown")
+
+
+@each_page
+def test_prose_is_in_its_language(name):
+    for english, chinese in zip(cells(name, "en", "markdown"), cells(name, "zh", "markdown"), strict=True):
+        assert english.source != chinese.source
+        assert re.search(r"[\u3400-\u9fff]", chinese.source), chinese.source
+
+
+@each_page
+def test_code_is_the_same_in_both_languages_but_for_the_set_up(name):
+    english, chinese = cells(name, "en", "code"), cells(name, "zh", "code")
+    assert [cell.source for cell in english[1:]] == [cell.source for cell in chinese[1:]]
+    for language, code in (("en", english), ("zh", chinese)):
+        if code:
+            assert code[0].id == "setup" and f'use_language("{language}")' in code[0].source
+            assert all("use_language(" not in cell.source for cell in code[1:])
+
+
+def displayed_formulas(name: str, language: str) -> list[str]:
+    return re.findall(r"\$\$(.+?)\$\$", "\n".join(cell.source for cell in cells(name, language, "markdown")), re.DOTALL)
+
+
+@each_page
+def test_displayed_formulas_are_the_same_in_both_languages(name):
+    assert displayed_formulas(name, "en") == displayed_formulas(name, "zh")
+
+
+def test_there_are_displayed_formulas_and_code():
+    assert sum(len(displayed_formulas(name, "zh")) for name in NAMES) >= 2
+    assert sum(len(cells(name, "zh", "code")) for name in NAMES) >= 2
+
+
+@each_notebook
+def test_every_code_cell_was_executed_in_order_and_quietly(name, language):
+    code = cells(name, language, "code")
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    for output in outputs(name, language):
+        assert output.output_type != "error" and output.get("name") != "stderr", output
+        assert "missing from font" not in json.dumps(output), "a character that the figure's font does not have"
+
+
+@each_notebook
+def test_every_picture_is_described_in_the_language_of_the_page(name, language):
+    for cell in cells(name, language, "code"):
+        if any(kind.startswith("image/") for output in cell.outputs for kind in output.get("data", {})):
+            check_words(cell.metadata["mystnb"]["image"]["alt"], language)
+
+
+@each_notebook
+def test_every_slider_is_stored_and_described(name, language):
+    check_widgets(notebook(name, language), language)
+
+
+@each_notebook
+def test_notebooks_stay_small(name, language):
+    assert (ROOT / "book" / language / f"{name}.ipynb").stat().st_size <= 1_000_000
