@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mini_impl import checks
-from mini_impl.forecasting.layers import moving_average
+from mini_impl.forecasting.layers import averaging_matrix, moving_average
 from mini_impl.losses import LossTerms
 
 
@@ -49,10 +49,13 @@ class DLinear(nn.Module):
 
     def forward(self, history: Tensor) -> Output:
         checks.history(history, self.history, self.trend.weight)
-        trend, seasonal = decompose(history, self.kernel_size)
-        trend_forecast = self.trend(trend.mT).mT  # [batch, horizon, variable]
-        seasonal_forecast = self.seasonal(seasonal.mT).mT
-        return Output(prediction=trend_forecast + seasonal_forecast, trend=trend_forecast)
+        # decompose(history, kernel_size) with time as the last axis: t = A x, s = x - t
+        average = averaging_matrix(self.history, self.kernel_size, history.dtype, history.device)
+        past = history.mT.contiguous()  # [batch, variable, time]
+        trend = past @ average.mT
+        trend_forecast = self.trend(trend)  # [batch, variable, horizon]
+        seasonal_forecast = self.seasonal(past - trend)
+        return Output(prediction=(trend_forecast + seasonal_forecast).mT, trend=trend_forecast.mT)
 
 
 def documented_loss(output: Output, target: Tensor, trend_weight: float = 1.0) -> LossTerms:

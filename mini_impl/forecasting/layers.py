@@ -1,5 +1,7 @@
 """Parts that several forecasters share."""
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +19,13 @@ def moving_average(series: Tensor, kernel_size: int) -> Tensor:
     checks.tensor("series", series, "batch", "time", "variable")
     size = checks.odd("kernel_size", kernel_size, most=series.shape[1])
     return F.avg_pool1d(_repeat_edges(series, size // 2), size, stride=1).mT
+
+
+@cache
+def averaging_matrix(time: int, kernel_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A of moving_average(x) = A x: [time, time]. For short series one product with it is faster than averaging."""
+    with torch.inference_mode(False):  # the matrix outlives the call, and must then serve in training too
+        return moving_average(torch.eye(time, dtype=dtype, device=device)[None], kernel_size)[0]
 
 
 def weighted_average(series: Tensor, weights: Tensor) -> Tensor:

@@ -1,0 +1,105 @@
+"""What every loss returns, and the shared penalties: by hand, in closed form, against scipy-free numpy arithmetic."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mini_impl.losses import LossTerms, NonFiniteLoss, kl_from_uniform, orthogonality
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# --- LossTerms --------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=5))
+def test_terms_sum_to_total(values):
+    loss = LossTerms.of(**{f"t{i}": torch.tensor(value, dtype=torch.float64) for i, value in enumerate(values)})
+    assert loss.total.item() == pytest.approx(sum(values), rel=1e-12, abs=1e-9)
+    assert list(loss.values().values()) == pytest.approx(values)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_bad_term_is_named(bad):
+    with pytest.raises(NonFiniteLoss, match="the term 'b' of the loss is"):
+        LossTerms.of(a=torch.tensor(1.0), b=torch.tensor(bad))
+    assert issubclass(NonFiniteLoss, ValueError)
+
+
+# --- orthogonality ----------------------------------------------------------------------------------------------------
+
+
+def test_orthogonality_by_hand():
+    matrix = torch.tensor([[1.0, 1.0], [0.0, 1.0]], dtype=torch.float64)  # W'W - I = [[0, 1], [1, 1]]
+    assert orthogonality(matrix).item() == pytest.approx(3)
+    assert orthogonality(matrix, norm="spectral").item() == pytest.approx(((1 + 5**0.5) / 2) ** 2)
+
+
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 6), st.integers(0, 10**6))
+def test_orthogonality_against_numpy_and_its_floor(batch, rows, columns, seed):
+    matrix = random(batch, rows, columns, seed=seed)
+    excess = [w.T @ w - np.eye(columns) for w in matrix.numpy()]
+    assert orthogonality(matrix).item() == pytest.approx(np.mean([(e**2).sum() for e in excess]), rel=1e-10)
+    largest = np.mean([np.abs(np.linalg.eigvalsh(e)).max() ** 2 for e in excess])
+    assert orthogonality(matrix, norm="spectral").item() == pytest.approx(largest, rel=1e-8)
+    assert orthogonality(matrix).item() >= max(0, columns - rows) - 1e-9
+    q, _ = torch.linalg.qr(random(rows, rows, seed=seed))
+    frame = q[:, :columns] if columns <= rows else torch.cat([q, torch.zeros(rows, columns - rows)], 1)
+    assert orthogonality(frame).item() == pytest.approx(max(0, columns - rows), abs=1e-10)  # the floor is reached
+
+
+def test_orthogonality_gradient():
+    matrix = random(2, 3, 4).requires_grad_()
+    assert torch.autograd.gradcheck(orthogonality, (matrix,))
+    assert torch.autograd.gradcheck(lambda w: orthogonality(w, norm="spectral"), (matrix,))
+    orthogonality(matrix).backward()
+    w = matrix.detach()
+    derived = 4 * w @ (w.mT @ w - torch.eye(4, dtype=torch.float64)) / len(w)
+    torch.testing.assert_close(matrix.grad, derived)
+
+
+# --- kl_from_uniform --------------------------------------------------------------------------------------------------
+
+
+def test_kl_by_hand_and_at_its_ends():
+    p = torch.tensor([0.5, 0.25, 0.25, 0.0], dtype=torch.float64)
+    assert kl_from_uniform(p).item() == pytest.approx(math.log(4) - 1.5 * math.log(2))
+    assert kl_from_uniform(torch.full((3, 5), 0.2)).item() == pytest.approx(0, abs=1e-6)
+    assert kl_from_uniform(torch.eye(6, dtype=torch.float64)).item() == pytest.approx(math.log(6))
+
+
+@given(st.integers(1, 4), st.integers(2, 8), st.integers(0, 10**6))
+def test_kl_against_torch(batch, choices, seed):
+    p = random(batch, choices, seed=seed).softmax(-1)
+    uniform = torch.full_like(p, 1 / choices)
+    expected = torch.nn.functional.kl_div(uniform.log(), p, reduction="batchmean")
+    torch.testing.assert_close(kl_from_uniform(p), expected, rtol=1e-10, atol=1e-12)
+    assert -1e-12 <= kl_from_uniform(p).item() <= math.log(choices)
+
+
+def test_kl_gradient():
+    scores = random(3, 5).requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: kl_from_uniform(s.softmax(-1)), (scores,))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda: orthogonality(torch.ones(3)), ValueError, r"matrix.*\[.., row, column\].*got shape \[3\]"),
+        (lambda: orthogonality(torch.eye(3).long()), TypeError, "matrix.*int64"),
+        (lambda: orthogonality(torch.eye(3), norm="nuclear"), ValueError, "norm must be one of 'fro', 'spectral'"),
+        (lambda: orthogonality(torch.eye(3) / 0), ValueError, "matrix.*NaN or infinite"),
+        (lambda: kl_from_uniform(torch.ones(3)), ValueError, "sum to 1.*sums from 3 to 3"),
+        (lambda: kl_from_uniform(torch.tensor([1.5, -0.5])), ValueError, "not be negative.*-0.5"),
+        (lambda: kl_from_uniform(torch.tensor(1.0)), ValueError, "probabilities"),
+    ],
+)
+def test_bad_input_is_named(call, error, says):
+    with pytest.raises(error, match=says):
+        call()
