@@ -1,11 +1,13 @@
 """What the tests of this folder share: running the book's commands, and small books to run them on."""
 
+import importlib.util
 import re
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import nbformat
 import yaml
@@ -13,6 +15,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 PAGES = Path(__file__).parent / "pages"
 ADDRESS = "https://github.com/example/book"
+BASE = "https://example.org/book/"
 LANGUAGES = ("en", "zh")
 STRICT = ("-W", "-n", "--keep-going")
 
@@ -30,6 +33,14 @@ def run(*command, cwd: Path) -> Result:
     return Result(done.returncode, done.stdout)
 
 
+def tool(name: str, root: Path = ROOT) -> ModuleType:
+    """A program of book/tools, imported."""
+    spec = importlib.util.spec_from_file_location(name, root / "book" / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def make_notebooks(root: Path, *options: str) -> Result:
     return run(sys.executable, root / "book" / "tools" / "notebooks.py", *options, cwd=root)
 
@@ -41,8 +52,11 @@ def build(root: Path, output: Path, *options: str) -> Result:
     )
 
 
-def small_book(root: Path, *sources: Path, url: str = "") -> Path:
-    """A book with the real tools, settings and assets, and with these pages only."""
+def small_book(root: Path, *sources: Path, url: str = "", base: str = "") -> Path:
+    """A book with the real tools, settings and assets, and with these pages only.
+
+    url: the address of its repository; base: that of its site.
+    """
     for folder in ("tools", "ext", "assets"):
         shutil.copytree(ROOT / "book" / folder, root / "book" / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "book" / "index.md", root / "book")
@@ -51,6 +65,7 @@ def small_book(root: Path, *sources: Path, url: str = "") -> Path:
         shutil.copy(source, root / "book" / "src")
     config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
     config["repository"]["url"] = url
+    config["html"]["baseurl"] = base
     (root / "_config.yml").write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
     parts = [
         {"caption": caption, "chapters": [{"file": f"book/{language}/{source.stem}"} for source in sources]}

@@ -1,4 +1,4 @@
-"""The sites, built once: the book itself, and a small book that has an address and every feature a page may use."""
+"""The sites, built once: the book itself, and a small book that has addresses and every feature a page may use."""
 
 import fcntl
 import os
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from books import ADDRESS, PAGES, ROOT, STRICT, build, make_notebooks, run, small_book
+from books import ADDRESS, BASE, PAGES, ROOT, STRICT, build, make_notebooks, run, small_book
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +70,7 @@ def demo_root(assets, shared) -> Path:
     """The small book's root, with its notebooks made."""
 
     def make(folder: Path) -> None:
-        root = small_book(folder, *(PAGES / f"{name}.md" for name in ("index", "lone", "demo")), url=ADDRESS)
+        root = small_book(folder, *(PAGES / f"{name}.md" for name in ("index", "lone", "demo")), url=ADDRESS, base=BASE)
         done = make_notebooks(root)
         assert done.status == 0, done.output
 

@@ -1,6 +1,5 @@
 """The tool that makes notebooks of sources: book/tools/notebooks.py."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -9,7 +8,7 @@ from types import SimpleNamespace
 
 import nbformat
 import pytest
-from books import ADDRESS, LANGUAGES, PAGES, ROOT, check_widgets, check_words, make_notebooks, small_book
+from books import ADDRESS, LANGUAGES, PAGES, check_widgets, check_words, make_notebooks, small_book, tool
 from IPython.core.inputtransformer2 import TransformerManager
 
 pytestmark = pytest.mark.slow
@@ -141,18 +140,10 @@ class WithoutPackage:
         self.installed.append(f"%{magic} {line}")
 
 
-def tool():
-    """book/tools/notebooks.py, imported."""
-    spec = importlib.util.spec_from_file_location("notebooks", ROOT / "book" / "tools" / "notebooks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_where_the_package_is_missing_the_set_up_cell_installs_it_from_the_address(language):
     computer = WithoutPackage()
-    computer.run(tool().setup_cell(language, ADDRESS).source)
+    computer.run(tool("notebooks").setup_cell(language, ADDRESS).source)
     assert computer.installed == [f'%pip install --quiet "mini_impl[zh] @ git+{ADDRESS}"']
     assert computer.used == [language]
 
@@ -161,7 +152,7 @@ def test_where_the_package_is_missing_the_set_up_cell_installs_it_from_the_addre
 def test_with_no_address_the_set_up_cell_says_how_to_install_it(language):
     computer = WithoutPackage()
     with pytest.raises(ImportError, match=re.escape('pip install ".[zh]"')) as raised:
-        computer.run(tool().setup_cell(language, "").source)
+        computer.run(tool("notebooks").setup_cell(language, "").source)
     check_words(str(raised.value), language)
     assert computer.installed == []
 

@@ -5,7 +5,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
-from books import ADDRESS, PAGES, ROOT, STRICT, build, make_notebooks, small_book
+from books import ADDRESS, BASE, PAGES, ROOT, STRICT, build, make_notebooks, small_book
 from bs4 import BeautifulSoup
 
 pytestmark = pytest.mark.slow
@@ -129,18 +129,14 @@ def test_with_an_address_pages_open_on_colab(demo_site, language):
         assert ADDRESS in links, "the button that opens the repository"
 
 
-def test_with_a_base_address_search_engines_get_full_ones(assets, tmp_path):
-    root = small_book(tmp_path, PAGES / "index.md", PAGES / "lone.md")
-    settings = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))
-    settings["html"]["baseurl"] = "https://example.org/book/"
-    (root / "_config.yml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    assert make_notebooks(root).status == 0
-    done = build(root, tmp_path / "out", *STRICT)
-    assert done.status == 0, done.output
-    page = soup(tmp_path / "out" / "_build" / "html" / "zh" / "lone.html")
+def test_with_a_base_address_search_engines_get_full_ones(demo_site):
+    page = soup(demo_site / "zh" / "demo.html")
     links = {link["hreflang"]: link["href"] for link in page.find_all("link", rel="alternate", hreflang=True)}
-    assert links["en"] == "https://example.org/book/en/lone.html"
-    assert page.find("link", rel="canonical")["href"] == "https://example.org/book/zh/lone.html"
+    assert links == {"en": f"{BASE}en/demo.html", "zh-CN": f"{BASE}zh/demo.html", "x-default": f"{BASE}en/demo.html"}
+    assert page.find("link", rel="canonical")["href"] == f"{BASE}zh/demo.html"
+    assert page.find("a", class_="language-switch")["href"] == "../en/demo.html", (
+        "a folder on a disk has no base address"
+    )
 
 
 def test_a_broken_reference_fails_the_build_until_it_is_mended(assets, tmp_path):
