@@ -8,7 +8,7 @@ ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 fail = { echo "$(1)" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help book test check notebooks serve bench golden constraints clean distclean
+.PHONY: help book test check notebooks results serve bench golden constraints clean distclean
 .NOTPARALLEL:
 
 help: ## list these commands
@@ -35,11 +35,14 @@ check: .venv/test ## the checks that take seconds: style, set-up, and whether th
 notebooks: .venv/book ## make the notebooks from book/src and run those that changed (ALL=1: run all)
 	.venv/bin/python book/tools/notebooks.py $(if $(ALL),--all)
 
+results: .venv/book ## compute the long runs in book/results again (needs ETTh1: a network or MINI_IMPL_DATA)
+	for script in book/experiments/*.py; do $(ONE_THREAD) .venv/bin/python $$script || exit 1; done
+
 serve: ## show the built site on 127.0.0.1 (PORT=8000)
 	@test -f _build/html/index.html || $(call fail,There is no site to show yet: make book builds it.)
 	$(PYTHON) -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
 
-bench: .venv/parity ## time and memory beside other people's implementations
+bench: .venv/parity ## speed beside other people's implementations
 	.venv/bin/python -m bench
 
 golden: .venv/parity ## compute the numbers in tests/golden again with other people's implementations
