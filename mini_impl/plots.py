@@ -6,11 +6,14 @@ axes.set(xlabel=words(en="hour", zh="小时"))
 plots.show(figure)
 """
 
+import ast
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution
+from inspect import getsource
+from textwrap import dedent
 
 import numpy as np
 from matplotlib import cycler, font_manager, rcParams
@@ -151,6 +154,16 @@ def slider(figures: Sequence[Figure], labels: Sequence[str], description: str, a
     chooser.layout.width = "min(100%, 32em)"
     widgets.jslink((chooser, "index"), (tab, "selected_index"))  # in the browser: the kernel is not asked
     _notebook_package("IPython.display").display(widgets.VBox([chooser, tab]))
+
+
+def show_source(thing: Callable) -> None:
+    """Print the source of a function or class without its docstrings, for a page that explains it in its own words."""
+    lines = getsource(thing).splitlines()
+    for part in ast.walk(ast.parse(dedent("\n".join(lines)))):
+        if isinstance(part, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(part):
+            docstring = part.body[0]
+            lines[docstring.lineno - 1 : docstring.end_lineno] = [None] * (docstring.end_lineno - docstring.lineno + 1)
+    print("\n".join(line for line in lines if line is not None))
 
 
 def _notebook_package(name: str):

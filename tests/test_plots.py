@@ -237,3 +237,14 @@ def test_without_ipywidgets_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(plots, "import_module", missing)
     with pytest.raises(ImportError, match="needs ipywidgets: pip install ipywidgets"):
         plots.slider([drawn()], ["1"], description="k", alt=["one"])
+
+
+def test_show_source_leaves_docstrings_out(capsys):
+    from mini_impl.forecasting.dlinear import DLinear, decompose
+
+    plots.show_source(decompose)
+    plots.show_source(DLinear)
+    shown = capsys.readouterr().out
+    assert "def decompose(series: Tensor, kernel_size: int)" in shown and "return trend, series - trend" in shown
+    assert "nn.Linear(history, horizon)" in shown and "# [batch, variable, time]" in shown
+    assert '"""' not in shown and "Source:" not in shown
