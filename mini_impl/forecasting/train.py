@@ -75,8 +75,8 @@ def fit(
     *,
     epochs: int = 10,
     batch_size: int = 32,
-    learning_rate: float = 1e-3,
-    decay: float = 0.7,
+    learning_rate: float = 2e-3,
+    decay: float = 0.5,
     patience: int = 3,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -86,7 +86,7 @@ def fit(
     """Train a forecaster with Adam, stop early, and leave it with its best weights.
 
     loss: a function (output, target) -> LossTerms; with weights: functools.partial(documented_loss, trend_weight=0.5).
-    learning_rate: of the first epoch; each further epoch has `decay` times the one before.
+    learning_rate: of the first epoch; each further epoch has `decay` times the one before (halved, as in public code).
     patience: the training stops after so many epochs in a row without a new best. What counts is the mean squared error
         of the forecast on all validation windows, whatever the loss is, so that losses can be compared.
     seed: of the order of the windows and of dropout. Each epoch seeds torch anew, from (seed, epoch).
