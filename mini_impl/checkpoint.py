@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -15,10 +16,16 @@ KEY = "mini_impl"  # a safetensors header holds {text: text}; ours is one entry,
 
 
 def write_bytes(path: Path | str, content: bytes) -> None:
-    """Write a file so that at any instant the old one or the new one is there whole, never a part."""
-    path = Path(path)
+    """Write a file so that at any instant the old one or the new one is there whole, never a part.
+
+    A link is followed; what is no ordinary file (/dev/null, say) is written to and not replaced.
+    """
+    path = Path(path).resolve()
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
             file.write(content)
@@ -34,13 +41,16 @@ def save_checkpoint(path: Path | str, tensors: dict[str, Tensor], state: dict) -
 
     Raises TypeError if the state holds something that JSON has no form for, ValueError if it holds NaN or infinity.
     """
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Copies: safetensors takes no two tensors that share memory, as tied weights do.
+    whole = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     write_bytes(path, save(whole, metadata={KEY: json.dumps(state, allow_nan=False)}))
 
 
 def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], dict]:
     """Read (tensors, state), tensors on the CPU. Raises FileNotFoundError; ValueError for a file of another kind."""
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"a checkpoint is one file; {path} is a folder")
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:

@@ -58,11 +58,11 @@ def integer(name: str, value, least: int = 1) -> int:
 
 
 def odd(name: str, value, most: int | None = None) -> int:
-    """Return `value` if it is odd, at least 1 and at most `most`, the length of the series. Raises as integer does."""
+    """Return `value` if it is odd, at least 1 and at most `most`, the time steps to average. Raises as integer does."""
     if integer(name, value) % 2 == 0:
         raise ValueError(f"{name} must be odd, so that the average has a middle; got {value}")
     if most is not None and value > most:
-        raise ValueError(f"{name} must be at most the length of the series, {most}; got {value}")
+        raise ValueError(f"{name} must be at most {most}, as there are no more time steps; got {value}")
     return int(value)
 
 
@@ -78,6 +78,16 @@ def number(name: str, value, least: float = -math.inf, above: float = -math.inf)
     if not math.isfinite(value) or value < least or value <= above:
         raise ValueError(f"{wanted}; got {value}")
     return float(value)
+
+
+def device(name: str, value) -> torch.device:
+    """Return the torch.device if something can be put there now. Raises ValueError."""
+    try:
+        probe = torch.zeros(1, device=value)
+        probe.cpu()  # the meta device takes tensors, but holds no numbers
+        return probe.device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises any of them
+        raise ValueError(f"{name}: {value!r} cannot be used here ({str(error).splitlines()[0]})") from None
 
 
 def choice(name: str, value, choices) -> None:

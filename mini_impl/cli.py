@@ -28,10 +28,12 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         result = {"command": ["mini-impl", *arguments], **forecast(options)}
         report(result)
-        if options.json:
+        if options.json is not None:
             write_bytes(options.json, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError) as error:  # RuntimeError: torch's, for numbers out of range
         parser.exit(2, f"mini-impl: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\nmini-impl: stopped; with --checkpoint FILE the same command would go on from there\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -46,10 +48,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--history", type=int, default=96, help="time steps that the model sees")
     add("--horizon", type=int, default=96, help="time steps that it forecasts")
     add("--split", type=_split, metavar="A,B,C", help="rows to train, validate and test on; without it: 70, 10, 20 %%")
-    add("--loss", choices=("documented", "published"), default="documented")
+    add("--loss", choices=("documented", "published"), default="documented", help="as documented, or as in the paper")
     add("--weight", type=_setting, action="append", default=[], metavar="NAME=VALUE", help="of a term of the loss")
     add("--set", type=_setting, action="append", default=[], metavar="NAME=VALUE", help="a setting of the model")
-    add("--period", type=int, default=24, help="time steps of a season, for the seasonal baseline")
+    add("--period", type=int, help="time steps of a season, for the seasonal baseline; without it: 24, or the history")
     for name, what in (
         ("epochs", "at most so many"),
         ("batch_size", "windows in a step"),
@@ -67,41 +69,36 @@ def make_parser() -> argparse.ArgumentParser:
 
 def forecast(options: argparse.Namespace) -> dict:
     """Train and test as the options say; return everything that the command reports."""
-    series = load_csv(options.csv) if options.csv else load_auckland()
+    series = load_auckland() if options.csv is None else load_csv(options.csv)
     rows = len(series.values)
     lengths = options.split or (rows * 7 // 10, rows // 10, rows - rows * 7 // 10 - rows // 10)
     train, validation, test, _ = prepare(series.values, lengths, options.history, options.horizon)
     module, make_model = MODELS[options.model]
     loss_function = getattr(module, f"{options.loss}_loss")
-    weights = _known("--weight", options.weight, loss_function, leave_out=("output", "target"))
-    settings = _known("--set", options.set, make_model, leave_out=("history", "horizon"))
-    device = _device(options.device)
+    weights = _settings("--weight", options.weight, loss_function, leave_out=("output", "target"))
+    weights = {name: float(value) for name, value in weights.items()}
+    settings = _settings("--set", options.set, make_model, leave_out=("history", "horizon"))
+    period = min(24, options.history) if options.period is None else options.period
+    naive = {
+        "last value": functools.partial(repeat_last, horizon=options.horizon),
+        f"last {period} steps again": functools.partial(repeat_season, horizon=options.horizon, period=period),
+    }
+    scores = {name: evaluate(function, test)._asdict() for name, function in naive.items()}
 
     torch.manual_seed(options.seed)
     model = make_model(options.history, options.horizon, **settings)
     loss = functools.partial(loss_function, **weights)
     names = ("epochs", "batch_size", "learning_rate", "decay", "patience", "seed", "checkpoint")
     how = {name: getattr(options, name) for name in names}
-    training = fit(model, train, validation, loss, device=device, **how)
-    season = f"last {options.period} steps again"
-    naive = {"last value": functools.partial(repeat_last, horizon=options.horizon)}
-    if options.period <= options.history:
-        naive[season] = functools.partial(repeat_season, horizon=options.horizon, period=options.period)
+    training = fit(model, train, validation, loss, device=options.device, **how)
     return {
         "versions": {"mini_impl": version("mini_impl"), "torch": torch.__version__},
-        "settings": {name: value for name, value in vars(options).items() if name not in ("command", "json", "set")}
-        | {
-            "split": list(lengths),
-            "weight": _defaults(loss_function) | weights,
-            "set": _defaults(make_model) | settings,
-        },
+        "settings": {name: value for name, value in vars(options).items() if name not in ("command", "json")}
+        | {"split": list(lengths), "weight": weights, "set": settings, "period": period},
         "windows": {"train": len(train), "validation": len(validation), "test": len(test)},
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "validation": {"mse of each epoch": training.validation, "best epoch": training.best_epoch},
-        "test": {
-            options.model: evaluate(model, test)._asdict(),
-            **{name: evaluate(function, test)._asdict() for name, function in naive.items()},
-        },
+        "test": {options.model: evaluate(model, test)._asdict(), **scores},
     }
 
 
@@ -118,7 +115,7 @@ def report(result: dict) -> None:
 def _split(text: str) -> tuple[int, ...]:
     """Three whole numbers with commas between them."""
     parts = text.split(",")
-    if len(parts) != 3 or not all(part.strip().isdigit() for part in parts):
+    if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
         raise argparse.ArgumentTypeError(f"wants three whole numbers such as 8640,2880,2880; got {text!r}")
     return tuple(map(int, parts))
 
@@ -134,28 +131,15 @@ def _setting(text: str) -> tuple[str, int | float]:
     raise argparse.ArgumentTypeError(f"wants NAME=VALUE with a number such as trend_weight=0.5; got {text!r}")
 
 
-def _defaults(function) -> dict:
-    """The settings of a function or class that have a default."""
-    empty = inspect.Parameter.empty
-    return {name: p.default for name, p in inspect.signature(function).parameters.items() if p.default is not empty}
-
-
-def _known(option: str, given: list[tuple[str, float]], function, leave_out: tuple[str, ...]) -> dict[str, float]:
-    """The given settings as a dict. Raises ValueError for one that the function does not take."""
-    names = [name for name in inspect.signature(function).parameters if name not in leave_out]
+def _settings(option: str, given: list[tuple[str, float]], function, leave_out: tuple[str, ...]) -> dict[str, float]:
+    """The defaults of a function with the given values on top. Raises ValueError for one that it does not take."""
+    parameters = inspect.signature(function).parameters
+    takes = {name: parameter.default for name, parameter in parameters.items() if name not in leave_out}
     for name, _ in given:
-        if name not in names:
-            takes = f"takes {', '.join(names)}" if names else "takes none"
-            raise ValueError(f"{option}: {function.__name__} has no {name!r}; it {takes}")
-    return dict(given)
-
-
-def _device(name: str) -> torch.device:
-    """A device that is there. Raises ValueError."""
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch raises either, depending on how it was built
-        raise ValueError(f"--device: {name!r} cannot be used here ({str(error).splitlines()[0]})") from None
+        if name not in takes:
+            what = f"takes {', '.join(takes)}" if takes else "takes none"
+            raise ValueError(f"{option}: {function.__name__} has no {name!r}; it {what}")
+    return takes | dict(given)
 
 
 if __name__ == "__main__":

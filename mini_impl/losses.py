@@ -25,18 +25,25 @@ class LossTerms(NamedTuple):
 
     @classmethod
     def of(cls, **terms: Tensor) -> "LossTerms":
-        """Add up the given terms. Raises NonFiniteLoss, naming the term, if one of them is NaN or infinite."""
+        """Add up the given terms. Raises NonFiniteLoss, naming it, if a term or the total is NaN or infinite."""
         loss = cls(sum(terms.values()), terms)
         loss.values()
         return loss
 
     def values(self) -> dict[str, float]:
-        """The terms as Python numbers. Raises NonFiniteLoss, naming the term, if one of them is NaN or infinite."""
-        numbers = torch.stack([term.detach() for term in self.terms.values()]).tolist()
-        for name, value in zip(self.terms, numbers, strict=True):
+        """The terms as Python numbers.
+
+        Raises NonFiniteLoss, naming it, if a term or the total is NaN or infinite; TypeError for one that is no scalar.
+        """
+        scalars = {**self.terms, "total": self.total}
+        for name, value in scalars.items():
+            if not isinstance(value, Tensor) or value.ndim:
+                raise TypeError(f"the term {name!r} of the loss must be a scalar tensor; got {value!r}")
+        numbers = torch.stack([value.detach() for value in scalars.values()]).tolist()
+        for name, value in zip(scalars, numbers, strict=True):
             if not math.isfinite(value):
                 raise NonFiniteLoss(f"the term {name!r} of the loss is {value}; every term must be a finite number")
-        return dict(zip(self.terms, numbers, strict=True))
+        return dict(zip(self.terms, numbers[:-1], strict=True))
 
 
 def orthogonality(matrix: Tensor, norm: str = "fro") -> Tensor:
@@ -61,10 +68,12 @@ def kl_from_uniform(probabilities: Tensor) -> Tensor:
     Raises TypeError, ValueError for rows that are no probabilities. Source: documented PatchTST and DAPO.
     """
     checks.tensor("probabilities", probabilities, ..., "choice")
-    sums = probabilities.detach().sum(-1)
-    if probabilities.min() < 0 or not torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
+    sums = probabilities.detach().float().sum(-1)
+    rounding = 2e-2 if probabilities.dtype.itemsize == 2 else 1e-3  # half precision has 2 or 3 digits
+    if probabilities.min() < 0 or (sums - 1).abs().max() > rounding:
         raise ValueError(
             "probabilities must not be negative and must sum to 1 over the last axis; "
             f"got a smallest entry of {probabilities.min():.4g} and sums from {sums.min():.4g} to {sums.max():.4g}"
         )
-    return (torch.special.xlogy(probabilities, probabilities * probabilities.shape[-1])).sum(-1).mean()
+    positive = probabilities.where(probabilities > 0, torch.finfo(probabilities.dtype).tiny)  # log 0 has no gradient
+    return (probabilities * (probabilities.shape[-1] * positive).log()).sum(-1).mean()

@@ -148,8 +148,8 @@ def slider(figures: Sequence[Figure], labels: Sequence[str], description: str, a
     tab = widgets.Tab(children=pictures, selected_index=0)
     tab.add_class("no-tabs")
     for i, label in enumerate(labels):
-        tab.set_title(i, label)
-    chooser = widgets.SelectionSlider(options=list(labels), description=description)
+        tab.set_title(i, str(label))
+    chooser = widgets.SelectionSlider(options=[str(label) for label in labels], description=description)
     chooser.style.description_width = "initial"
     chooser.layout.width = "min(100%, 32em)"
     widgets.jslink((chooser, "index"), (tab, "selected_index"))  # in the browser: the kernel is not asked

@@ -3,22 +3,26 @@
 import csv
 import gzip
 import io
+import re
 import zlib
 from pathlib import Path
 
 TIME_NAMES = {"date", "time", "datetime", "timestamp", "日期", "时间"}
+TIME = re.compile(r"\d[-/:年]\d")
+GZIP = b"\x1f\x8b"  # how every gzip file begins, whatever its name
 LARGEST = 3.4028234663852886e38  # the largest float32
 
 
 def read_numbers(path: Path) -> tuple[tuple[str, ...], list[list[float]]]:
     """The column names and the rows of numbers of a .csv or .csv.gz file: UTF-8, commas, names in the first line.
 
-    A first column that holds the time is left out: it is called one of TIME_NAMES, or no cell is empty or a number.
+    A first column that holds the time is left out: it is called one of TIME_NAMES, or every cell looks like a time,
+    with digits joined by - / : or 年.
     Raises FileNotFoundError; ValueError for anything else that is wrong with the file.
     """
     names, rows = _read_cells(path)
     first = [cells[0].strip() for _, cells in rows]
-    if names[0].lower() in TIME_NAMES or all(cell and _number(cell) is None for cell in first):
+    if names[0].lower() in TIME_NAMES or all(TIME.search(cell) and _number(cell) is None for cell in first):
         names, rows = names[1:], [(line, cells[1:]) for line, cells in rows]
     if not names:
         raise ValueError(f"{path}: the only column is the time; at least one column of numbers is needed")
@@ -39,7 +43,9 @@ def _read_cells(path: Path) -> tuple[tuple[str, ...], list[tuple[int, list[str]]
         raise FileNotFoundError(f"there is no file {path}; wanted the path of a .csv or .csv.gz file")
     content = path.read_bytes()
     try:
-        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
+        text = (gzip.decompress(content) if content[:2] == GZIP or path.suffix == ".gz" else content).decode(
+            "utf-8-sig"
+        )
         reader = csv.reader(io.StringIO(text, newline=""))
         rows = [(reader.line_num, cells) for cells in reader]
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -51,10 +57,14 @@ def _read_cells(path: Path) -> tuple[tuple[str, ...], list[tuple[int, list[str]]
 
     while rows and not rows[-1][1]:  # blank lines at the end
         rows.pop()
+    while rows and not rows[0][1]:  # and at the start
+        rows.pop(0)
     if not rows:
         raise ValueError(f"{path} is empty; its first line must name the columns")
     names = tuple(name.strip() for name in rows.pop(0)[1])
-    if all(_number(name) is not None for name in names[1:] or names):
+    if len(names) == 1 and re.search("[;\t，]", names[0]):
+        raise ValueError(f"{path}, line 1: columns must be separated by commas; got {names[0]!r}")
+    if names[0].lower() not in TIME_NAMES and all(_number(name) is not None for name in names[1:] or names):
         raise ValueError(f"{path}, line 1: these are numbers; the first line must name the columns")
     for column, name in enumerate(names):
         if not name or name in names[:column]:

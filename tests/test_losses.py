@@ -103,3 +103,26 @@ def test_kl_gradient():
 def test_bad_input_is_named(call, error, says):
     with pytest.raises(error, match=says):
         call()
+
+
+def test_a_probability_of_zero_has_a_gradient():
+    scores = torch.tensor([[0.0, -200.0, 1.0]], requires_grad=True)  # in float32 the second probability is exactly 0
+    probabilities = scores.softmax(-1)
+    assert probabilities[0, 1] == 0
+    kl_from_uniform(probabilities).backward()
+    assert torch.isfinite(scores.grad).all() and scores.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_probabilities_are_probabilities(dtype):
+    p = random(50, 7).softmax(-1).to(dtype)
+    assert kl_from_uniform(p).item() == pytest.approx(kl_from_uniform(random(50, 7).softmax(-1)).item(), abs=0.05)
+
+
+def test_totals_and_kinds_are_checked_too():
+    with pytest.raises(NonFiniteLoss, match="'total'"):
+        LossTerms.of(a=torch.tensor(3e38), b=torch.tensor(3e38))
+    with pytest.raises(NonFiniteLoss, match="'total'"):
+        LossTerms(torch.tensor(math.nan), {"a": torch.tensor(1.0)}).values()
+    with pytest.raises(TypeError, match=r"'a'.*scalar tensor"):
+        LossTerms(torch.tensor(1.0), {"a": 1.0}).values()

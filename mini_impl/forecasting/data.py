@@ -53,7 +53,7 @@ def load_csv(path: str | Path) -> Series:
     """Read a .csv or .csv.gz file (UTF-8, commas, column names in the first line), one row for each point in time.
 
     The first column is taken for the time, and left out, if it is called date, time, datetime, timestamp, 日期 or 时间
-    or if no cell of it is empty or a number. Every other cell must be a finite number.
+    or if every cell of it looks like one (digits joined by - / : or 年). Every other cell must be a finite number.
     Raises FileNotFoundError; ValueError, naming file, line and column, for whatever is wrong with the file.
     """
     names, rows = read_numbers(Path(path))
@@ -173,9 +173,15 @@ def prepare(
 
     Returns train, validation, test, scaler. Raises TypeError or ValueError as `split`, `Scaler.fit` and `Windows` do.
     """
-    train, validation, test = split(values, lengths=lengths, history=history)
-    scaler = Scaler.fit(train)
-    return (*(Windows(scaler.apply(part), history, horizon) for part in (train, validation, test)), scaler)
+    parts = split(values, lengths=lengths, history=history)
+    scaler = Scaler.fit(parts[0])
+    for name, part in zip(("training", "validation", "test"), parts, strict=True):
+        if len(part) < history + checks.integer("horizon", horizon):
+            raise ValueError(
+                f"the {name} part has {len(part)} rows, with the {history} before it that it may see; one window of "
+                f"history {history} and horizon {horizon} needs {history + horizon}: give it more rows in lengths"
+            )
+    return (*(Windows(scaler.apply(part), history, horizon) for part in parts), scaler)
 
 
 # --- download -------------------------------------------------------------------------------------------------------

@@ -66,6 +66,7 @@ def documented_loss(output: Output, target: Tensor, trend_weight: float = 1.0) -
     Terms: "forecast" and "trend". Raises TypeError, ValueError. Source: the documented loss.
     """
     checks.forecast(output, target)
+    checks.tensor("output.trend", output.trend, "batch", "horizon", "variable", finite=False)
     checks.alike("output.trend", output.trend, "target", target)
     checks.number("trend_weight", trend_weight, least=0)
     windows = len(target)
@@ -92,13 +93,17 @@ def closed_form(history: Tensor, target: Tensor, kernel_size: int = 25, trend_we
     Both terms are squares of maps linear in the weights, so this is one least-squares problem: each window and variable
     asks [t, 1, s, 1] to give y, and sqrt(lambda) [t, 1, 0, 0] to give sqrt(lambda) y.
     Its solution is never unique; this is the one of least norm. Compare losses and forecasts, not weights.
+    Meant for z-scored windows: where the level is more than a million times the spread, float64 runs out of digits.
     Raises TypeError, ValueError. Source: ours.
     """
     checks.tensor("history", history, "window", "time", "variable")
     checks.tensor("target", target, "window", "horizon", "variable")
     checks.pairs("history", history, "target", target)
     checks.number("trend_weight", trend_weight, least=0)
-    model = DLinear(history.shape[1], target.shape[1], kernel_size).double()
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # the model's random first weights are overwritten: use up no random numbers
+        model = DLinear(history.shape[1], target.shape[1], kernel_size).double()
     sizes = [model.history, 1, model.history, 1]  # of t, 1, s, 1
 
     # All that least squares needs of the rows [t, 1, s, 1, y] is R of their QR factors: piece by piece, to save memory.

@@ -1,6 +1,6 @@
 """Parts that several forecasters share."""
 
-from functools import cache
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,12 @@ def moving_average(series: Tensor, kernel_size: int) -> Tensor:
     return F.avg_pool1d(_repeat_edges(series, size // 2), size, stride=1).mT
 
 
-@cache
+@lru_cache(maxsize=16)
 def averaging_matrix(time: int, kernel_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A of moving_average(x) = A x: [time, time]. For short series one product with it is faster than averaging."""
+    """A of moving_average(x) = A x: [time, time]. For short series one product with it is faster than averaging.
+
+    Every call with the same arguments returns the same tensor: do not write into it.
+    """
     with torch.inference_mode(False):  # the matrix outlives the call, and must then serve in training too
         return moving_average(torch.eye(time, dtype=dtype, device=device)[None], kernel_size)[0]
 

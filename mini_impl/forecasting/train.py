@@ -41,10 +41,12 @@ def evaluate(forecast: Callable, windows: Windows, batch_size: int = 256) -> Sco
     Raises ValueError for a forecast of another shape, NonFiniteLoss for one that is not finite.
     """
     checks.integer("batch_size", batch_size)
-    is_model = isinstance(forecast, nn.Module)
-    if is_model:
-        windows = windows.to(next(forecast.parameters()).device)
-        was_training = forecast.training
+    _check_windows(windows=windows)
+    modes = {}
+    if isinstance(forecast, nn.Module):
+        parameter = next(forecast.parameters(), None)
+        windows = windows if parameter is None else windows.to(parameter.device)
+        modes = {part: part.training for part in forecast.modules()}
         forecast.eval()
     squares = absolutes = 0.0
     count = 0
@@ -53,15 +55,17 @@ def evaluate(forecast: Callable, windows: Windows, batch_size: int = 256) -> Sco
             for start in range(0, len(windows), batch_size):
                 history, target = windows[start : start + batch_size]
                 output = forecast(history)
-                prediction = output if isinstance(output, Tensor) else output.prediction
+                prediction = getattr(output, "prediction", output)
+                if not isinstance(prediction, Tensor):
+                    raise TypeError(f"forecast must return a tensor or an Output; got {type(output).__name__}")
                 checks.alike("the forecast", prediction, "the target", target)
                 error = (prediction - target).cpu().double()  # float64: a float32 sum over millions of errors drifts
                 squares += error.square().sum().item()
                 absolutes += error.abs().sum().item()
                 count += error.numel()
     finally:
-        if is_model:
-            forecast.train(was_training)
+        for part, mode in modes.items():
+            part.training = mode
     if not math.isfinite(squares):
         raise NonFiniteLoss("the forecast holds NaN or infinite values, so that it has no error to report")
     return Scores(mse=squares / count, mae=absolutes / count)
@@ -83,7 +87,7 @@ def fit(
     checkpoint: Path | str | None = None,
     progress: bool | None = None,
 ) -> Training:
-    """Train a forecaster with Adam, stop early, and leave it with its best weights.
+    """Train a forecaster with Adam, stop early, and leave it with its best weights, in eval mode.
 
     loss: a function (output, target) -> LossTerms; with weights: functools.partial(documented_loss, trend_weight=0.5).
     learning_rate: of the first epoch; each further epoch has `decay` times the one before (halved, as in public code).
@@ -92,18 +96,27 @@ def fit(
     seed: of the order of the windows and of dropout. Each epoch seeds torch anew, from (seed, epoch).
     device: where to train; None: where the model is.
     checkpoint: a file that is replaced after every epoch. If it is there already, the training goes on from it and ends
-        as it would have without the break, on the CPU with the same bits. Only `epochs` may change in between.
+        as it would have without the break, on the CPU with the same bits. Only `epochs` may change in between, upwards;
+        of the loss, its name and the weights given by functools.partial are compared.
     progress: show a progress bar; None: if there is a terminal.
     Raises TypeError, ValueError; NonFiniteLoss with the step and the term if a term of the loss is NaN or infinite.
     """
-    checks.integer("epochs", epochs)
-    checks.integer("batch_size", batch_size)
-    checks.number("learning_rate", learning_rate, above=0)
-    checks.number("decay", decay, above=0)
-    checks.integer("patience", patience)
-    checks.integer("seed", seed, least=0)
+    epochs = checks.integer("epochs", epochs)
+    batch_size = checks.integer("batch_size", batch_size)
+    learning_rate = checks.number("learning_rate", learning_rate, above=0)
+    decay = checks.number("decay", decay, above=0)
+    patience = checks.integer("patience", patience)
+    seed = checks.integer("seed", seed, least=0)
+    _check_windows(train=train, validation=validation)
+    if (train.history, train.horizon) != (validation.history, validation.horizon):
+        raise ValueError(
+            "train and validation must have one history and one horizon; "
+            f"got {train.history} -> {train.horizon} and {validation.history} -> {validation.horizon}"
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("model has no parameter to train")
     if device is not None:
-        model.to(device)
+        model.to(checks.device("device", device))
     device = next(model.parameters()).device
     train, validation = train.to(device), validation.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
@@ -113,17 +126,20 @@ def fit(
     best: dict[str, Tensor] = {}
     settings = {
         "model": _describe_model(model),
-        "data": _digest(train, validation),
+        "data": _digest(train, validation) if checkpoint is not None else None,
         "loss": _describe(loss),
         "batch_size": batch_size,
         "learning_rate": learning_rate,
         "decay": decay,
+        "patience": patience,
         "seed": seed,
     }
     if checkpoint is not None and Path(checkpoint).exists():
         tensors, state = load_checkpoint(checkpoint)
-        _check_settings(checkpoint, state["settings"], settings)
+        _check_settings(checkpoint, state.get("settings"), settings)
         terms, scores = state["terms"], state["validation"]
+        if len(scores) > epochs:
+            raise ValueError(f"epochs must be at least {len(scores)}, which {checkpoint} has already; got {epochs}")
         best = _group(tensors, "best")
         model.load_state_dict(_group(tensors, "model"))
         _restore_optimizer(optimizer, _group(tensors, "optimizer"))
@@ -150,7 +166,10 @@ def fit(
             for name, value in values.items():
                 terms.setdefault(name, []).append(value)
 
-        scores.append(evaluate(model, validation).mse)
+        try:
+            scores.append(evaluate(model, validation).mse)
+        except NonFiniteLoss as error:
+            raise NonFiniteLoss(f"training stopped after epoch {epoch + 1}, on the validation part: {error}") from error
         if _best_epoch(scores) == len(scores):
             best = {name: value.clone() for name, value in model.state_dict().items()}
         if checkpoint is not None:
@@ -160,6 +179,7 @@ def fit(
             save_checkpoint(checkpoint, tensors, {"settings": settings, "terms": terms, "validation": scores})
 
     model.load_state_dict(best)
+    model.eval()
     return Training(terms, scores, _best_epoch(scores))
 
 
@@ -173,12 +193,19 @@ def _hide(progress: bool | None) -> bool | None:
     return None if progress is None else not progress
 
 
+def _check_windows(**parts: Windows) -> None:
+    """Raise TypeError for what is no Windows."""
+    for name, part in parts.items():
+        if not isinstance(part, Windows):
+            raise TypeError(f"{name} must be Windows, as `prepare` returns them; got {type(part).__name__}")
+
+
 def _digest(*parts: Windows) -> str:
     """A fingerprint of windows."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(f"{part.history} {part.horizon} {list(part.values.shape)}".encode())
-        digest.update(part.values.cpu().contiguous().numpy().tobytes())
+        digest.update(f"{part.history} {part.horizon} {list(part.values.shape)} {part.values.dtype}".encode())
+        digest.update(part.values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -187,21 +214,25 @@ def _describe_model(model: nn.Module) -> dict[str, dict]:
     plain = (bool, int, float, str)
     return {
         f"{name} ({type(part).__qualname__})": {
-            key: value for key, value in vars(part).items() if isinstance(value, plain) and key != "training"
+            key: repr(value) for key, value in vars(part).items() if isinstance(value, plain) and key != "training"
         }
         for name, part in model.named_modules()
     }
 
 
 def _describe(loss: Callable) -> str:
-    """The name of a loss with the weights that functools.partial gave it."""
+    """The name of a loss with the arguments that functools.partial gave it."""
     if isinstance(loss, functools.partial):
-        return f"{_describe(loss.func)} {list(loss.args)} {loss.keywords}"
+        given = [(None, value) for value in loss.args] + sorted(loss.keywords.items())
+        texts = [f"{name}={_describe(value) if callable(value) else repr(value)}" for name, value in given]
+        return f"{_describe(loss.func)}({', '.join(texts)})"
     return getattr(loss, "__qualname__", type(loss).__qualname__)
 
 
-def _check_settings(checkpoint: Path | str, then: dict, now: dict) -> None:
+def _check_settings(checkpoint: Path | str, then: dict | None, now: dict) -> None:
     """Raise ValueError if a checkpoint comes from a training that this one cannot go on with."""
+    if not isinstance(then, dict):
+        raise ValueError(f"{checkpoint} was not written by `fit`: it holds no settings of a training")
     for name, value in now.items():
         if then.get(name) != value:
             raise ValueError(

@@ -88,6 +88,7 @@ def test_without_a_csv_it_takes_the_embedded_series(tmp_path):
     ("arguments", "says"),
     [
         (["--csv", "none.csv"], "there is no file none.csv"),
+        (["--csv", ""], "there is no file"),
         (["--csv", "CSV", "--split", "400,100,200"], "add up to 700 rows; the series has 600"),
         (["--csv", "CSV", "--split", "400,100"], "three whole numbers such as 8640,2880,2880; got '400,100'"),
         (["--csv", "CSV", "--weight", "smoothness=1"], "documented_loss has no 'smoothness'; it takes trend_weight"),
@@ -96,10 +97,13 @@ def test_without_a_csv_it_takes_the_embedded_series(tmp_path):
         (["--csv", "CSV", "--weight", "trend_weight"], "NAME=VALUE with a number"),
         (["--csv", "CSV", "--set", "kernel_size=4"], "kernel_size must be odd"),
         (["--csv", "CSV", "--set", "size=4"], "DLinear has no 'size'; it takes kernel_size"),
-        (["--csv", "CSV", "--device", "abacus"], "--device: 'abacus' cannot be used here"),
+        (["--csv", "CSV", "--device", "abacus"], "device: 'abacus' cannot be used here"),
         (["--csv", "CSV", "--horizon", "0"], "horizon must be at least 1; got 0"),
         (["--csv", "CSV", "--learning-rate", "0"], "learning_rate must be .*greater than 0"),
         (["--csv", "CSV", "--period", "0"], "period must be at least 1; got 0"),
+        (["--csv", "CSV", "--period", "49"], "period must be at most the 48 time steps"),
+        (["--csv", "CSV", "--split", "400,10,100", "--horizon", "24"], "the validation part has 58 rows.*needs 72"),
+        (["--csv", "CSV", "--learning-rate", "1e300"], "mini-impl: "),
         (["--csv", "CSV", "--learning-rate", "1e30"], r"training stopped at step \d+.*'forecast'"),
     ],
 )

@@ -7,11 +7,12 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from mini_impl.checkpoint import load_checkpoint, save_checkpoint
+from mini_impl.checkpoint import load_checkpoint, save_checkpoint, write_bytes
 from mini_impl.forecasting.data import Windows
 from mini_impl.forecasting.dlinear import DLinear, Output, documented_loss, published_loss
 from mini_impl.forecasting.train import evaluate, fit
@@ -110,6 +111,7 @@ def test_the_best_weights_come_back_and_it_stops_early():
     training = fit(model, windows(), windows(1), published_loss, epochs=50, learning_rate=0.3, decay=1.0, patience=2)
     best = min(training.validation)
     assert evaluate(model, windows(1)).mse == best
+    assert not model.training
     assert training.validation[training.best_epoch - 1] == best
     assert len(training.validation) == training.best_epoch + 2 < 50
 
@@ -265,7 +267,15 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=f"another training: its {what} was"):
             call()
-    fit(small(), windows(), windows(1), loss, epochs=2, checkpoint=path)  # more epochs are welcome
+    with pytest.raises(ValueError, match="its patience was"):
+        fit(small(), windows(), windows(1), loss, epochs=1, patience=1, checkpoint=path)
+    same = functools.partial(documented_loss, trend_weight=0.5)
+    fit(small(), windows(), windows(1), same, epochs=2, checkpoint=path)  # more epochs are welcome
+    with pytest.raises(ValueError, match=r"epochs must be at least 2, which .* has already; got 1"):
+        fit(small(), windows(), windows(1), loss, epochs=1, checkpoint=path)
+    save_checkpoint(path, {}, {"other": 1})
+    with pytest.raises(ValueError, match="was not written by `fit`"):
+        fit(small(), windows(), windows(1), loss, epochs=1, checkpoint=path)
 
 
 def test_checkpoints_hold_no_pickle_and_are_never_half_there(tmp_path, monkeypatch):
@@ -312,3 +322,66 @@ def test_output_without_validation_gain_still_returns_a_model():
 
     training = fit(Fixed(), windows(), windows(1), published_loss, epochs=9, patience=2)
     assert training.best_epoch == 1 and len(training.validation) == 3
+
+
+class Tied(nn.Module):
+    """Two names for one weight, a mask of minus infinity, and a part that stays in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.masked = nn.Linear(24, 6), float("-inf")
+        self.two, self.frozen = self.one, nn.Dropout(0.9).eval()
+
+    def forward(self, history):
+        forecast = (self.one(history.mT) + self.two(history.mT)).mT
+        return Output(forecast, forecast)
+
+
+def test_unusual_models_and_numbers_are_welcome(tmp_path):
+    settings = {
+        "epochs": np.int64(2),
+        "batch_size": np.int64(16),
+        "seed": np.int64(3),
+        "learning_rate": np.float32(1e-3),
+    }
+    fit(Tied(), windows(), windows(1), published_loss, checkpoint=tmp_path / "run", **settings)
+    fit(Tied(), windows(), windows(1), published_loss, checkpoint=tmp_path / "run", **settings)
+    model = Tied()
+    model.train()
+    model.frozen.eval()
+    evaluate(model, windows())
+    assert model.training and not model.frozen.training
+    assert evaluate(nn.Flatten(2), Windows(waves(), 6, 6)).mse > 0  # a module without parameters
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda: fit(small(), windows()[:], windows(), published_loss), TypeError, "train must be Windows.*got tuple"),
+        (lambda: fit(small(), windows(), None, published_loss), TypeError, "validation must be Windows.*got NoneType"),
+        (lambda: evaluate(small(), None), TypeError, "windows must be Windows"),
+        (lambda: evaluate(lambda history: None, windows()), TypeError, "forecast must return a tensor.*got NoneType"),
+        (
+            lambda: fit(small(), windows(), Windows(waves(), 24, 5), published_loss),
+            ValueError,
+            "one history and one horizon; got 24 -> 6 and 24 -> 5",
+        ),
+        (lambda: fit(nn.Identity(), windows(), windows(), published_loss), ValueError, "no parameter to train"),
+        (lambda: fit(small(), windows(), windows(), published_loss, device="meta"), ValueError, "device: 'meta'"),
+    ],
+)
+def test_wrong_arguments_are_named_before_the_training(call, error, says):
+    with pytest.raises(error, match=says):
+        call()
+
+
+def test_links_are_followed_and_devices_stay(tmp_path):
+    real, link = tmp_path / "real", tmp_path / "link"
+    write_bytes(real, b"one")
+    link.symlink_to(real)
+    write_bytes(link, b"two")
+    assert link.is_symlink() and real.read_bytes() == b"two"
+    write_bytes(os.devnull, b"gone")
+    assert not os.path.isfile(os.devnull)
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        load_checkpoint(tmp_path)
