@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.config import Config
 
@@ -27,6 +28,7 @@ CHINESE = {
 
 def setup(app: Sphinx) -> dict:
     app.connect("config-inited", place_switch)
+    app.connect("doctree-resolved", keep_punctuation)
     app.connect("html-page-context", link_other_language)
     app.connect("build-finished", translate_attributes)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
@@ -38,6 +40,16 @@ def place_switch(app: Sphinx, config: Config) -> None:
     theme["article_header_end"] = ["language-switch.html", "article-header-buttons.html"]
     theme["navbar_persistent"] = []  # else the theme adds an empty bar at the top, with a second search box
     theme["use_fullscreen_button"] = False  # one button more is wider than a phone
+
+
+def keep_punctuation(app: Sphinx, doctree: nodes.document, page: str) -> None:
+    """Let no line begin with the comma or full stop that follows a formula: the browser may break there."""
+    for formula in list(doctree.findall(nodes.math)):
+        siblings, place = formula.parent, formula.parent.index(formula)
+        text = siblings[place + 1] if place + 1 < len(siblings) else None
+        if isinstance(text, nodes.Text) and text[0] in ",.;:)，。；：）、？！":
+            siblings[place + 1] = nodes.Text(text[1:])
+            siblings[place] = nodes.inline("", "", formula, nodes.Text(text[0]), classes=["unbroken"])
 
 
 def link_other_language(app: Sphinx, page: str, template: str, context: dict, doctree) -> None:

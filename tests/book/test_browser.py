@@ -299,6 +299,21 @@ def test_wide_things_scroll_in_boxes_of_their_own(visit):
         assert cut == 0, f"{cut} {kind} begin left of where one can scroll to"
 
 
+TORN = """all => all.filter(joined => {
+  const end = document.createRange();
+  end.selectNodeContents(joined.lastChild);
+  return end.getBoundingClientRect().top > joined.querySelector("mjx-container").getBoundingClientRect().bottom;
+}).map(joined => joined.innerText)"""
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_no_line_begins_with_the_punctuation_after_a_formula(visit, site, sites, language):
+    page = visit(PHONE).open(f"{site.relative_to(sites).as_posix()}/{language}/dlinear.html")
+    joined = page.locator(".bd-article .unbroken")
+    assert joined.count() > 20
+    assert joined.evaluate_all(TORN) == []
+
+
 def test_a_solution_opens_and_folded_code_unfolds(visit):
     page = visit(DESK).open("demo/_build/html/zh/demo.html")
     code = page.locator("details.hide pre").first
