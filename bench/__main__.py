@@ -19,42 +19,43 @@ ROUNDS, STEPS = 40, 50
 
 
 def dlinear(loss: Callable) -> tuple[Callable, int]:
-    """A training step of our DLinear as `fit` does it, batch 32, 96 -> 96, 7 variables; and its parameters."""
+    """So many training steps of our DLinear as `fit` does them, batch 32, 96 -> 96, 7 variables; and its parameters."""
     model = DLinear(history=96, horizon=96)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     history, target = torch.randn(2, 32, 96, 7)
 
-    def step():
-        terms = loss(model(history), target)
-        terms.values()
-        optimizer.zero_grad()
-        terms.total.backward()
-        optimizer.step()
+    def train(steps: int):
+        for _ in range(steps):
+            terms = loss(model(history), target)
+            terms.values()
+            optimizer.zero_grad()
+            terms.total.backward()
+            optimizer.step()
 
-    return step, sum(parameter.numel() for parameter in model.parameters())
+    return train, sum(parameter.numel() for parameter in model.parameters())
 
 
 def peer_dlinear() -> tuple[Callable, int]:
-    """The same step of neuralforecast's DLinear, which takes every variable as a series of its own."""
+    """The same with neuralforecast's DLinear, which takes every variable as a series of its own."""
     model = PeerDLinear(h=96, input_size=96, moving_avg_window=25).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     history, target = torch.randn(2, 32 * 7, 96, 1)
     batch = {"insample_y": history, "hist_exog": None, "futr_exog": None, "stat_exog": None}
 
-    def step():
-        loss = torch.nn.functional.mse_loss(model(batch), target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    def train(steps: int):
+        for _ in range(steps):
+            loss = torch.nn.functional.mse_loss(model(batch), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
 
-    return step, sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return train, sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def milliseconds(step: Callable) -> float:
+def milliseconds(train: Callable) -> float:
     """Of one step, over STEPS of them."""
     start = time.perf_counter()
-    for _ in range(STEPS):
-        step()
+    train(STEPS)
     return (time.perf_counter() - start) / STEPS * 1e3
 
 
@@ -62,23 +63,23 @@ def main() -> None:
     """Print one line of JSON with the medians and the ratios."""
     torch.manual_seed(0)
     torch.set_num_threads(2)
-    steps = {
+    trainings = {
         "ours, published loss": dlinear(published_loss),
         "ours, documented loss": dlinear(documented_loss),
         "neuralforecast": peer_dlinear(),
     }
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for step, _ in steps.values():
-        milliseconds(step)  # warm up
+    times: dict[str, list[float]] = {name: [] for name in trainings}
+    for train, _ in trainings.values():
+        milliseconds(train)  # warm up
     for _ in range(ROUNDS):
-        for name, (step, _) in steps.items():
-            times[name].append(milliseconds(step))
+        for name, (train, _) in trainings.items():
+            times[name].append(milliseconds(train))
     peer = times["neuralforecast"]
     result = {
         "what": "training step of DLinear, batch 32, 96 -> 96, 7 variables, 2 threads",
         "machine": platform.machine(),
         "versions": {name: version(name) for name in ("torch", "neuralforecast")},
-        "parameters": {name: count for name, (_, count) in steps.items()},
+        "parameters": {name: count for name, (_, count) in trainings.items()},
         "milliseconds, median": {name: round(statistics.median(values), 3) for name, values in times.items()},
         "ratio to neuralforecast, median of the rounds": {
             name: round(statistics.median(a / b for a, b in zip(values, peer, strict=True)), 3)

@@ -13,23 +13,26 @@ def tensor(name: str, value, *axes, finite: bool = True) -> Tensor:
     axes: their names, for the message; a first one of `...` stands for any number of leading axes.
     Raises TypeError for something that is no floating-point tensor, ValueError for wrong axes or non-finite entries.
     """
-    leading = axes[0] is ...
-    wanted = f"{name} must be a floating-point tensor [{', '.join('..' if axis is ... else axis for axis in axes)}]"
     if not isinstance(value, Tensor):
-        raise TypeError(f"{wanted}; got {type(value).__name__}")
+        raise TypeError(f"{_wanted_tensor(name, axes)}; got {type(value).__name__}")
     if not value.is_floating_point():
-        raise TypeError(f"{wanted}; got dtype {value.dtype}")
-    right_axes = value.ndim >= len(axes) - 1 if leading else value.ndim == len(axes)
+        raise TypeError(f"{_wanted_tensor(name, axes)}; got dtype {value.dtype}")
+    right_axes = value.ndim >= len(axes) - 1 if axes[0] is ... else value.ndim == len(axes)
     if not right_axes or 0 in value.shape:
-        raise ValueError(f"{wanted}, no axis empty; got shape {list(value.shape)}")
+        raise ValueError(f"{_wanted_tensor(name, axes)}, no axis empty; got shape {list(value.shape)}")
     if finite:
         all_finite(name, value)
     return value
 
 
+def _wanted_tensor(name: str, axes: tuple) -> str:
+    """The first half of a message about a tensor."""
+    return f"{name} must be a floating-point tensor [{', '.join('..' if axis is ... else axis for axis in axes)}]"
+
+
 def all_finite(name: str, value: Tensor) -> None:
     """Raise ValueError if a tensor holds NaN or infinity."""
-    if torch.isfinite(value.detach().sum()):  # quick; only a sum that overflows is not finite without a bad entry
+    if math.isfinite(value.detach().sum().item()):  # quick; only a sum that overflows is not so without a bad entry
         return
     bad = value.numel() - int(torch.isfinite(value).sum())
     if bad:

@@ -27,7 +27,8 @@ class LossTerms(NamedTuple):
     def of(cls, **terms: Tensor) -> "LossTerms":
         """Add up the given terms. Raises NonFiniteLoss, naming it, if a term or the total is NaN or infinite."""
         loss = cls(sum(terms.values()), terms)
-        loss.values()
+        if not math.isfinite(loss.total.item()):  # quick; a term that is not finite makes the total so
+            loss.values()
         return loss
 
     def values(self) -> dict[str, float]:

@@ -6,6 +6,7 @@ Sources: the documented system "DLinear"; Zeng et al., "Are Transformers Effecti
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mini_impl import checks
@@ -51,11 +52,12 @@ class DLinear(nn.Module):
         checks.history(history, self.history, self.trend.weight)
         # decompose(history, kernel_size) with time as the last axis: t = A x, s = x - t
         average = averaging_matrix(self.history, self.kernel_size, history.dtype, history.device)
-        past = history.mT.contiguous()  # [batch, variable, time]
+        past = history.mT.flatten(0, 1)  # [batch * variable, time]
         trend = past @ average.mT
-        trend_forecast = self.trend(trend)  # [batch, variable, horizon]
-        seasonal_forecast = self.seasonal(past - trend)
-        return Output(prediction=(trend_forecast + seasonal_forecast).mT, trend=trend_forecast.mT)
+        trend_forecast = self.trend(trend)  # [batch * variable, horizon]
+        forecast = trend_forecast + self.seasonal(past - trend)
+        shape = (len(history), -1, self.horizon)  # [batch, variable, horizon]
+        return Output(prediction=forecast.view(shape).mT, trend=trend_forecast.view(shape).mT)
 
 
 def documented_loss(output: Output, target: Tensor, trend_weight: float = 1.0) -> LossTerms:
@@ -71,8 +73,8 @@ def documented_loss(output: Output, target: Tensor, trend_weight: float = 1.0) -
     checks.number("trend_weight", trend_weight, least=0)
     windows = len(target)
     return LossTerms.of(
-        forecast=(target - output.prediction).square().sum() / (2 * windows),
-        trend=trend_weight * (target - output.trend).square().sum() / (2 * windows),
+        forecast=F.mse_loss(output.prediction, target, reduction="sum") / (2 * windows),
+        trend=trend_weight * F.mse_loss(output.trend, target, reduction="sum") / (2 * windows),
     )
 
 
@@ -83,7 +85,7 @@ def published_loss(output: Output, target: Tensor) -> LossTerms:
     Raises TypeError, ValueError. Source: the paper's public code.
     """
     checks.forecast(output, target)
-    return LossTerms.of(forecast=(target - output.prediction).square().mean())
+    return LossTerms.of(forecast=F.mse_loss(output.prediction, target))
 
 
 def closed_form(history: Tensor, target: Tensor, kernel_size: int = 25, trend_weight: float = 1.0) -> DLinear:
