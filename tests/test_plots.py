@@ -246,5 +246,5 @@ def test_show_source_leaves_docstrings_out(capsys):
     plots.show_source(DLinear)
     shown = capsys.readouterr().out
     assert "def decompose(series: Tensor, kernel_size: int)" in shown and "return trend, series - trend" in shown
-    assert "nn.Linear(history, horizon)" in shown and "# [batch, variable, time]" in shown
+    assert "nn.Linear(history, horizon)" in shown and "# [batch * variable, time]" in shown
     assert '"""' not in shown and "Source:" not in shown
