@@ -1,6 +1,7 @@
 """What a caller can get wrong, said clearly: which argument, what it got, what it wants."""
 
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 
 import torch
@@ -58,6 +59,21 @@ def integer(name: str, value, least: int = 1) -> int:
     if value < least:
         raise ValueError(f"{name} must be at least {least}; got {value}")
     return int(value)
+
+
+def indices(name: str, value, size: int) -> tuple[int, ...]:
+    """Return the places that one index or several name on an axis of `size`, a negative index counted from its end.
+
+    Raises TypeError for what is no index, ValueError for none at all, one out of range, or one place named twice.
+    """
+    given = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    wanted = f"{name} must be an index from {-size} to {size - 1}, or several that differ"
+    if any(isinstance(index, bool) or not isinstance(index, Integral) for index in given):
+        raise TypeError(f"{wanted}; got {value!r}")
+    places = tuple(int(index) + size if index < 0 else int(index) for index in given)
+    if not places or len(set(places)) < len(places) or not all(0 <= place < size for place in places):
+        raise ValueError(f"{wanted}; got {value!r}")
+    return places
 
 
 def odd(name: str, value, most: int | None = None) -> int:

@@ -120,6 +120,27 @@ def test_odd(value, error, words):
         checks.odd("kernel_size", value, most=5)
 
 
+@given(st.integers(1, 5), st.data())
+def test_indices(size, draw):
+    whole = draw.draw(st.permutations(range(size)))
+    some = whole[: draw.draw(st.integers(1, size))]
+    from_end = [index - size for index in some]
+    assert checks.indices("place", some, size) == checks.indices("place", tuple(from_end), size) == tuple(some)
+    assert checks.indices("place", np.int64(some[0]), size) == (some[0],)
+
+
+@pytest.mark.parametrize("value", [1.0, True, None, "01", (0, 1.0), [0, True], torch.tensor([0])])
+def test_what_is_no_index(value):
+    with pytest.raises(TypeError, match="place must be an index from -3 to 2, or several that differ; got"):
+        checks.indices("place", value, 3)
+
+
+@pytest.mark.parametrize("value", [3, -4, (), (0, 3), (1, 1), [2, -1]])
+def test_indices_that_name_no_place_or_one_twice(value):
+    with pytest.raises(ValueError, match="place must be an index from -3 to 2, or several that differ; got"):
+        checks.indices("place", value, 3)
+
+
 # --- what forecasters take and give ---------------------------------------------------------------------------------
 
 

@@ -136,24 +136,30 @@ class Scaler(NamedTuple):
 class Windows:
     """Every pair (history, target) of consecutive rows of a part: window i starts at row i.
 
-    windows[i]              -> [history, variable], [horizon, variable]
-    windows[slice or index] -> [batch, history, variable], [batch, horizon, variable]; index: a tensor of whole numbers
+    windows[i]              -> [history, variable], [horizon, endogenous]
+    windows[slice or index] -> [batch, history, variable], [batch, horizon, endogenous]; index: tensor of whole numbers
+
+    endogenous: the variables that the target holds, in this order: an index or several, negative ones counted from the
+    last; None: all. The history always holds every variable.
 
     A part of T rows has T - history - horizon + 1 windows. They overlap, so nothing is copied until one is asked for,
     and what windows[i] returns may share memory with values: do not write into it. Raises IndexError as a list does.
     """
 
-    def __init__(self, values: Tensor, history: int, horizon: int):
+    def __init__(self, values: Tensor, history: int, horizon: int, endogenous: int | Sequence[int] | None = None):
         checks.tensor("values", values, "time", "variable")
         least = checks.integer("history", history) + checks.integer("horizon", horizon)
         if len(values) < least:
             raise ValueError(
                 f"values has {len(values)} rows; one window of history {history} and horizon {horizon} needs {least}"
             )
-        self.values, self.history, self.horizon = values, history, horizon
+        if endogenous is not None:
+            endogenous = checks.indices("endogenous", endogenous, values.shape[1])
+        self.values, self.history, self.horizon, self.endogenous = values, history, horizon, endogenous
+        targets = values if endogenous is None else values[:, endogenous]
         # [window, variable, step] -> [window, step, variable]; views, no copies
         self._histories = values[: len(values) - horizon].unfold(0, history, 1).transpose(1, 2)
-        self._targets = values[history:].unfold(0, horizon, 1).transpose(1, 2)
+        self._targets = targets[history:].unfold(0, horizon, 1).transpose(1, 2)
 
     def __len__(self) -> int:
         return len(self._histories)
@@ -163,14 +169,19 @@ class Windows:
 
     def to(self, device: torch.device | str) -> "Windows":
         """The same windows on another device."""
-        return Windows(self.values.to(device), self.history, self.horizon)
+        return Windows(self.values.to(device), self.history, self.horizon, self.endogenous)
 
 
 def prepare(
-    values: Tensor, lengths: Sequence[int], history: int, horizon: int
+    values: Tensor,
+    lengths: Sequence[int],
+    history: int,
+    horizon: int,
+    endogenous: int | Sequence[int] | None = None,
 ) -> tuple[Windows, Windows, Windows, Scaler]:
     """Split [time, variable], fit the scaler on the training part, and return the windows of the three z-scored parts.
 
+    endogenous: the variables that the targets hold, as in `Windows`; the scaler is of all variables.
     Returns train, validation, test, scaler. Raises TypeError or ValueError as `split`, `Scaler.fit` and `Windows` do.
     """
     parts = split(values, lengths=lengths, history=history)
@@ -181,7 +192,7 @@ def prepare(
                 f"the {name} part has {len(part)} rows, with the {history} before it that it may see; one window of "
                 f"history {history} and horizon {horizon} needs {history + horizon}: give it more rows in lengths"
             )
-    return (*(Windows(scaler.apply(part), history, horizon) for part in parts), scaler)
+    return (*(Windows(scaler.apply(part), history, horizon, endogenous) for part in parts), scaler)
 
 
 # --- download -------------------------------------------------------------------------------------------------------

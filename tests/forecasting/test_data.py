@@ -286,8 +286,36 @@ def test_windows_keep_what_they_were_made_of_and_move():
 
 
 @pytest.mark.parametrize(
+    ("endogenous", "columns"),
+    [(1, (1,)), (-1, (2,)), ((2, 0), (2, 0)), ([0, -2], (0, 1)), ((0, 1, 2), (0, 1, 2))],
+)
+def test_the_target_holds_the_endogenous_variables(endogenous, columns):
+    values = torch.randn(30, 3)
+    windows, whole = (Windows(values, 5, 2, endogenous=given) for given in (endogenous, None))
+    for moved in (windows, windows.to("cpu")):
+        assert moved.endogenous == columns
+        for key in (0, slice(3, 9), torch.tensor([4, 1])):
+            assert torch.equal(moved[key][0], whole[key][0])  # the history holds all of them
+            assert torch.equal(moved[key][1], whole[key][1][..., columns]) and moved[key][1].is_contiguous()
+
+
+def test_prepare_scales_all_variables_and_asks_for_some():
+    values = torch.randn(40, 3) * 7 + 2
+    parts = prepare(values, lengths=(20, 10, 10), history=4, horizon=3, endogenous=-1)
+    whole = prepare(values, lengths=(20, 10, 10), history=4, horizon=3)
+    for part, every in zip(parts[:3], whole[:3], strict=True):
+        assert part.endogenous == (2,) and torch.equal(part.values, every.values)
+        assert torch.equal(part[:][1], every[:][1][:, :, 2:])
+    assert torch.equal(parts[3].mean, whole[3].mean) and len(parts[3].mean) == 3
+
+
+@pytest.mark.parametrize(
     ("change", "error", "words"),
     [
+        ({"endogenous": 1}, ValueError, "endogenous must be an index from -1 to 0, or several that differ; got 1"),
+        ({"endogenous": (0, -1)}, ValueError, "several that differ; got \\(0, -1\\)"),
+        ({"endogenous": ()}, ValueError, "endogenous must be an index"),
+        ({"endogenous": True}, TypeError, "endogenous must be an index"),
         ({"horizon": 8}, ValueError, "values has 10 rows; one window of history 3 and horizon 8 needs 11"),
         ({"horizon": 0}, ValueError, "horizon must be at least 1"),
         ({"history": True}, TypeError, "history must be a whole number"),
