@@ -3,7 +3,9 @@
 import functools
 import hashlib
 import math
+import time
 from collections.abc import Callable
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,8 +31,9 @@ class Training(NamedTuple):
     """How a training went."""
 
     terms: dict[str, list[float]]  # each term of the loss at every step
-    validation: list[float]  # the forecast's mean squared error on the validation windows after every epoch
+    validation: list[float]  # the score on the validation windows after every epoch
     best_epoch: int  # counted from 1; its weights are the ones that the model has now
+    seconds: float  # that it took, breaks left out
 
 
 def evaluate(forecast: Callable, windows: Windows, batch_size: int = 256) -> Scores:
@@ -71,6 +74,11 @@ def evaluate(forecast: Callable, windows: Windows, batch_size: int = 256) -> Sco
     return Scores(mse=squares / count, mae=absolutes / count)
 
 
+def forecast_mse(model: nn.Module, windows: Windows) -> float:
+    """The mean squared error of a model's forecast over every window. Raises as `evaluate` does."""
+    return evaluate(model, windows).mse
+
+
 def fit(
     model: nn.Module,
     train: Windows,
@@ -83,6 +91,7 @@ def fit(
     decay: float = 0.5,
     patience: int = 3,
     seed: int = 0,
+    score: Callable[[nn.Module, Windows], float] = forecast_mse,
     device: str | torch.device | None = None,
     checkpoint: Path | str | None = None,
     progress: bool | None = None,
@@ -91,15 +100,19 @@ def fit(
 
     loss: a function (output, target) -> LossTerms; with weights: functools.partial(documented_loss, trend_weight=0.5).
     learning_rate: of the first epoch; each further epoch has `decay` times the one before (halved, as in public code).
-    patience: the training stops after so many epochs in a row without a new best. What counts is the mean squared error
-        of the forecast on all validation windows, whatever the loss is, so that losses can be compared.
+    patience: the training stops after so many epochs in a row without a new best score.
     seed: of the order of the windows and of dropout. Each epoch seeds torch anew, from (seed, epoch).
+    score: a function (model, windows) -> number, called on the validation windows after every epoch, with the model in
+        eval mode and without gradients; least is best. As a rule it is the mean squared error of the forecast, whatever
+        the loss is, so that losses can be compared; a model that makes no forecast needs another.
     device: where to train; None: where the model is.
     checkpoint: a file that is replaced after every epoch. If it is there already, the training goes on from it and ends
         as it would have without the break, on the CPU with the same bits. Only `epochs` may change in between, upwards;
-        of the loss, its name and the weights given by functools.partial are compared.
+        of the loss and the score, their names and the arguments given by functools.partial are compared.
     progress: show a progress bar; None: if there is a terminal.
-    Raises TypeError, ValueError; NonFiniteLoss with the step and the term if a term of the loss is NaN or infinite.
+    Parameters that need no gradient stay as they are.
+    Raises TypeError, ValueError; NonFiniteLoss with the step and the term if a term of the loss is NaN or infinite, or
+    with the epoch if the score is.
     """
     epochs = checks.integer("epochs", epochs)
     batch_size = checks.integer("batch_size", batch_size)
@@ -113,6 +126,11 @@ def fit(
             "train and validation must have one history and one horizon; "
             f"got {train.history} -> {train.horizon} and {validation.history} -> {validation.horizon}"
         )
+    if train.endogenous != validation.endogenous:
+        raise ValueError(
+            "train and validation must have the same endogenous variables; "
+            f"got {train.endogenous} and {validation.endogenous}"
+        )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("model has no parameter to train")
     if device is not None:
@@ -124,10 +142,13 @@ def fit(
     terms: dict[str, list[float]] = {}
     scores: list[float] = []
     best: dict[str, Tensor] = {}
+    start = time.perf_counter()
     settings = {
         "model": _describe_model(model),
+        "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "data": _digest(train, validation) if checkpoint is not None else None,
         "loss": _describe(loss),
+        "score": _describe(score),
         "batch_size": batch_size,
         "learning_rate": learning_rate,
         "decay": decay,
@@ -138,6 +159,7 @@ def fit(
         tensors, state = load_checkpoint(checkpoint)
         _check_settings(checkpoint, state.get("settings"), settings)
         terms, scores = state["terms"], state["validation"]
+        start -= state["seconds"]
         if len(scores) > epochs:
             raise ValueError(f"epochs must be at least {len(scores)}, which {checkpoint} has already; got {epochs}")
         best = _group(tensors, "best")
@@ -166,21 +188,34 @@ def fit(
             for name, value in values.items():
                 terms.setdefault(name, []).append(value)
 
-        try:
-            scores.append(evaluate(model, validation).mse)
-        except NonFiniteLoss as error:
-            raise NonFiniteLoss(f"training stopped after epoch {epoch + 1}, on the validation part: {error}") from error
+        scores.append(_score(score, model, validation, epoch + 1))
         if _best_epoch(scores) == len(scores):
             best = {name: value.clone() for name, value in model.state_dict().items()}
         if checkpoint is not None:
             tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
             tensors |= {f"best/{name}": value for name, value in best.items()}
             tensors |= {f"optimizer/{name}": value for name, value in _optimizer_tensors(optimizer).items()}
-            save_checkpoint(checkpoint, tensors, {"settings": settings, "terms": terms, "validation": scores})
+            state = {"settings": settings, "terms": terms, "validation": scores, "seconds": time.perf_counter() - start}
+            save_checkpoint(checkpoint, tensors, state)
 
     model.load_state_dict(best)
     model.eval()
-    return Training(terms, scores, _best_epoch(scores))
+    return Training(terms, scores, _best_epoch(scores), time.perf_counter() - start)
+
+
+def _score(score: Callable, model: nn.Module, validation: Windows, epoch: int) -> float:
+    """The score of a model after an epoch. Raises TypeError for no number, NonFiniteLoss for NaN or infinity."""
+    model.eval()
+    try:
+        with torch.no_grad():
+            value = score(model, validation)
+        if not isinstance(value, Real):
+            raise TypeError(f"score must return a number; got {type(value).__name__}")
+        if not math.isfinite(value):
+            raise NonFiniteLoss(f"the score is {value}; it must be a finite number")
+    except NonFiniteLoss as error:
+        raise NonFiniteLoss(f"training stopped after epoch {epoch}, on the validation part: {error}") from error
+    return float(value)
 
 
 def _best_epoch(scores: list[float]) -> int:
@@ -204,7 +239,8 @@ def _digest(*parts: Windows) -> str:
     """A fingerprint of windows."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(f"{part.history} {part.horizon} {list(part.values.shape)} {part.values.dtype}".encode())
+        shape = list(part.values.shape)
+        digest.update(f"{part.history} {part.horizon} {part.endogenous} {shape} {part.values.dtype}".encode())
         digest.update(part.values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
@@ -220,13 +256,13 @@ def _describe_model(model: nn.Module) -> dict[str, dict]:
     }
 
 
-def _describe(loss: Callable) -> str:
-    """The name of a loss with the arguments that functools.partial gave it."""
-    if isinstance(loss, functools.partial):
-        given = [(None, value) for value in loss.args] + sorted(loss.keywords.items())
+def _describe(function: Callable) -> str:
+    """The name of a loss or a score with the arguments that functools.partial gave it."""
+    if isinstance(function, functools.partial):
+        given = [(None, value) for value in function.args] + sorted(function.keywords.items())
         texts = [f"{name}={_describe(value) if callable(value) else repr(value)}" for name, value in given]
-        return f"{_describe(loss.func)}({', '.join(texts)})"
-    return getattr(loss, "__qualname__", type(loss).__qualname__)
+        return f"{_describe(function.func)}({', '.join(texts)})"
+    return getattr(function, "__qualname__", type(function).__qualname__)
 
 
 def _check_settings(checkpoint: Path | str, then: dict | None, now: dict) -> None:

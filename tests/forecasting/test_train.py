@@ -32,6 +32,11 @@ def windows(seed=0):
     return Windows(waves(seed=seed), history=24, horizon=6)
 
 
+def all_named(windows):
+    """The same histories; the target asks for both variables by name, the other way round."""
+    return Windows(windows.values, windows.history, windows.horizon, endogenous=(1, 0))
+
+
 def small(seed=0):
     torch.manual_seed(seed)
     return DLinear(history=24, horizon=6, kernel_size=5)
@@ -141,6 +146,57 @@ def test_a_non_finite_loss_stops_with_step_and_term():
         fit(small(), windows(), windows(1), published_loss, epochs=3, learning_rate=1e30)
 
 
+class Level(nn.Module):
+    """A model that makes no forecast: it learns the mean of the history."""
+
+    def __init__(self):
+        super().__init__()
+        self.level = nn.Parameter(torch.full((2,), 5.0))
+
+    def forward(self, history):
+        return (history.mean(1) - self.level).square().mean()
+
+
+def far_from_two(model, windows, scale=1.0):
+    assert not model.training and not torch.is_grad_enabled() and isinstance(windows, Windows)
+    return scale * abs(model.level.mean().item() - 2.0)
+
+
+def test_another_score_chooses_the_epoch(tmp_path):
+    """The loss falls all the way to level 0; the score has its least value on the way there, at level 2."""
+
+    def loss(output, target):
+        return LossTerms.of(level=output)
+
+    def train(score, **settings):
+        model = Level()
+        data = windows(), windows(1)
+        return model, fit(
+            model, *data, loss, score=score, epochs=9, learning_rate=0.1, decay=1.0, patience=3, **settings
+        )
+
+    model, training = train(far_from_two)
+    best = abs(model.level.mean().item() - 2)
+    assert training.validation[training.best_epoch - 1] == min(training.validation) == best < 0.5
+    assert 1 < training.best_epoch < len(training.validation) < 9
+
+    train(far_from_two, checkpoint=tmp_path / "run")
+    for other in (functools.partial(far_from_two, scale=2.0), lambda model, windows: 0.0):
+        with pytest.raises(ValueError, match="another training: its score was 'far_from_two', now"):
+            train(other, checkpoint=tmp_path / "run")
+
+
+def test_a_score_that_is_no_finite_number():
+    def train(score):
+        fit(small(), windows(), windows(1), published_loss, score=score)
+
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(NonFiniteLoss, match=rf"stopped after epoch 1, on the validation part: the score is {bad}"):
+            train(functools.partial(lambda model, windows, value: value, value=bad))
+    with pytest.raises(TypeError, match="score must return a number; got Scores"):
+        train(evaluate)
+
+
 @pytest.mark.parametrize(
     ("wrong", "error"),
     [
@@ -189,6 +245,16 @@ def named(loss):
     return loss
 
 
+def without_time(training):
+    return training._replace(seconds=0.0)
+
+
+def same_weights(one, other):
+    """Fail unless two models have the same bits."""
+    for name, value in one.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+
+
 @pytest.mark.parametrize("after", [0, 3, 9, 10, 25])
 def test_a_broken_off_training_ends_in_the_same_bits(tmp_path, after):
     settings = {"epochs": 4, "learning_rate": 1e-2, "patience": 2}
@@ -202,14 +268,48 @@ def test_a_broken_off_training_ends_in_the_same_bits(tmp_path, after):
     with torch.no_grad():
         model.inner.trend.weight.add_(0 if after < 9 else 1)  # after an epoch the file decides, not the model given
     got = fit(model, windows(), windows(1), named(stopping(1000)), checkpoint=path, **settings)
-    assert got == expected
-    for name, value in whole.state_dict().items():
-        assert torch.equal(model.state_dict()[name], value), name
+    assert without_time(got) == without_time(expected)
+    same_weights(model, whole)
     again = Dropout()
+    nothing_to_do = fit(again, windows(), windows(1), named(stopping(0)), checkpoint=path, **settings)
+    assert without_time(nothing_to_do) == without_time(expected)
+    same_weights(again, whole)
+
+
+@pytest.mark.parametrize("after", [3, 9, 12])
+def test_frozen_parameters_stay_and_a_broken_off_probe_ends_in_the_same_bits(tmp_path, after):
+    """As under a linear probe: one part trains, the other needs no gradient, but holds one from an earlier training."""
+
+    def probe():
+        model = Dropout()
+        model.inner.seasonal.weight.grad = torch.ones_like(model.inner.seasonal.weight)
+        model.inner.seasonal.requires_grad_(False)
+        return model
+
+    whole, broken = probe(), probe()
+    start = small().state_dict()
+    expected = fit(whole, windows(), windows(1), named(stopping(1000)), epochs=3)
+    assert torch.equal(whole.inner.seasonal.weight, start["seasonal.weight"])
+    assert not torch.equal(whole.inner.trend.weight, start["trend.weight"])
+    with pytest.raises(Stop):
+        fit(broken, windows(), windows(1), named(stopping(after)), epochs=3, checkpoint=tmp_path / "run")
+    again = probe()
+    got = fit(again, windows(), windows(1), named(stopping(1000)), epochs=3, checkpoint=tmp_path / "run")
+    assert without_time(got) == without_time(expected)
+    same_weights(again, whole)
+    if after >= 9:  # there is a file: what is frozen may not change
+        with pytest.raises(ValueError, match=r"its frozen was \['inner.seasonal.weight', .*now it is \[\]"):
+            fit(Dropout(), windows(), windows(1), named(stopping(0)), epochs=3, checkpoint=tmp_path / "run")
+
+
+def test_seconds_go_on_and_leave_breaks_out(tmp_path):
+    first = fit(small(), windows(), windows(1), published_loss, epochs=1, checkpoint=tmp_path / "run").seconds
+    tensors, state = load_checkpoint(tmp_path / "run")
+    assert 0 < state["seconds"] <= first
+    save_checkpoint(tmp_path / "run", tensors, state | {"seconds": 1000.0})
     assert (
-        fit(again, windows(), windows(1), named(stopping(0)), checkpoint=path, **settings) == expected
-    )  # nothing to do
-    assert torch.equal(again.inner.trend.weight, whole.inner.trend.weight)
+        1000 < fit(small(), windows(), windows(1), published_loss, epochs=2, checkpoint=tmp_path / "run").seconds < 1060
+    )
 
 
 SCRIPT = textwrap.dedent("""
@@ -260,12 +360,13 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path):
     for what, call in {
         "seed": lambda: fit(small(), windows(), windows(1), loss, epochs=1, seed=1, checkpoint=path),
         "data": lambda: fit(small(), windows(2), windows(1), loss, epochs=1, checkpoint=path),
+        "data was .*, now": lambda: fit(small(), all_named(windows()), all_named(windows(1)), loss, checkpoint=path),
         "loss": lambda: fit(
             small(), windows(), windows(1), functools.partial(loss, trend_weight=1.0), epochs=1, checkpoint=path
         ),
         "model": lambda: fit(DLinear(24, 6, kernel_size=7), windows(), windows(1), loss, epochs=1, checkpoint=path),
     }.items():
-        with pytest.raises(ValueError, match=f"another training: its {what} was"):
+        with pytest.raises(ValueError, match=f"another training: its {what}"):
             call()
     with pytest.raises(ValueError, match="its patience was"):
         fit(small(), windows(), windows(1), loss, epochs=1, patience=1, checkpoint=path)
@@ -365,6 +466,11 @@ def test_unusual_models_and_numbers_are_welcome(tmp_path):
             lambda: fit(small(), windows(), Windows(waves(), 24, 5), published_loss),
             ValueError,
             "one history and one horizon; got 24 -> 6 and 24 -> 5",
+        ),
+        (
+            lambda: fit(small(), windows(), all_named(windows()), published_loss),
+            ValueError,
+            r"the same endogenous variables; got None and \(1, 0\)",
         ),
         (lambda: fit(nn.Identity(), windows(), windows(), published_loss), ValueError, "no parameter to train"),
         (lambda: fit(small(), windows(), windows(), published_loss, device="meta"), ValueError, "device: 'meta'"),
