@@ -52,12 +52,17 @@ def alike(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name} and {other_name} must be on one device; got {value.device} and {other.device}")
 
 
-def integer(name: str, value, least: int = 1) -> int:
-    """Return `value` if it is a whole number of at least `least`; a bool is none. Raises TypeError, ValueError."""
+def integer(name: str, value, least: int = 1, most: int | None = None, why: str = "") -> int:
+    """Return `value` if it is a whole number from `least` to `most`; a bool is none. Raises TypeError, ValueError.
+
+    why: the reason for `most`, for the message.
+    """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a whole number of at least {least}; got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}; got {value}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be at most {most}{why and f', {why}'}; got {value}")
     return int(value)
 
 
@@ -80,9 +85,43 @@ def odd(name: str, value, most: int | None = None) -> int:
     """Return `value` if it is odd, at least 1 and at most `most`, the time steps to average. Raises as integer does."""
     if integer(name, value) % 2 == 0:
         raise ValueError(f"{name} must be odd, so that the average has a middle; got {value}")
-    if most is not None and value > most:
-        raise ValueError(f"{name} must be at most {most}, as there are no more time steps; got {value}")
+    return integer(name, value, most=most, why="as there are no more time steps")
+
+
+def divides(name: str, value, whole_name: str, whole) -> int:
+    """Return `value` if it is a whole number of which `whole` is a multiple. Raises TypeError, ValueError."""
+    if integer(whole_name, whole) % integer(name, value):
+        raise ValueError(f"{whole_name} must be a multiple of {name}; got {whole} and {value}")
     return int(value)
+
+
+def fraction(name: str, value) -> float:
+    """Return `value` if it is at least 0 and less than 1, as a share to leave out is. Raises TypeError, ValueError."""
+    if number(name, value, least=0) >= 1:
+        raise ValueError(f"{name} must be less than 1; got {value}")
+    return float(value)
+
+
+def patches(time: int, patch_length, stride) -> None:
+    """Raise unless patches of a length, `stride` steps apart, cover all time steps. Raises TypeError, ValueError."""
+    integer("patch_length", patch_length, most=time, why="as there are no more time steps")
+    integer("stride", stride, most=patch_length, why="the patch_length, or steps would be skipped")
+    if rest := (time - patch_length) % stride:
+        raise ValueError(
+            f"{time} time steps cannot be cut into patches of {patch_length}, {stride} apart: the last {rest} would be "
+            "left out; time - patch_length must be a multiple of stride"
+        )
+
+
+def visible_patches(patch_count: int, mask_ratio) -> int:
+    """Return how many of the patches a mask leaves visible. Raises TypeError, ValueError if that is none or all."""
+    visible = int(patch_count * (1 - fraction("mask_ratio", mask_ratio)))
+    if not 0 < visible < patch_count:
+        raise ValueError(
+            f"mask_ratio must leave some of the {patch_count} patches visible and hide some; "
+            f"{mask_ratio} leaves {visible} visible"
+        )
+    return visible
 
 
 def number(name: str, value, least: float = -math.inf, above: float = -math.inf) -> float:
@@ -124,16 +163,61 @@ def pairs(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
         )
 
 
-def history(value, length: int, parameter: Tensor) -> None:
-    """Raise unless `value` is a forecaster's input [batch, time, variable] of `length` steps that suits its weights."""
+def history(value, length: int, parameter: Tensor, variables: int | None = None) -> None:
+    """Raise unless `value` is a forecaster's input [batch, time, variable] of `length` steps that suits its weights.
+
+    variables: how many it must have; None: any number.
+    """
     tensor("history", value, "batch", "time", "variable", finite=False)
     if value.shape[1] != length:
         raise ValueError(f"history must have {length} time steps, as the model was made for; got {list(value.shape)}")
-    if value.dtype != parameter.dtype:
-        raise TypeError(f"history must have the dtype of the model, {parameter.dtype}; got {value.dtype}")
-    if value.device != parameter.device:
-        raise ValueError(f"history must be on the device of the model, {parameter.device}; got {value.device}")
+    if variables is not None and value.shape[2] != variables:
+        raise ValueError(f"history must have {variables} variables, as the model was made for; got {list(value.shape)}")
+    _suits("history", value, parameter)
     all_finite("history", value)
+
+
+def _suits(name: str, value: Tensor, parameter: Tensor) -> None:
+    """Raise unless a tensor has the dtype and the device of a model's weights."""
+    if value.dtype != parameter.dtype:
+        raise TypeError(f"{name} must have the dtype of the model, {parameter.dtype}; got {value.dtype}")
+    if value.device != parameter.device:
+        raise ValueError(f"{name} must be on the device of the model, {parameter.device}; got {value.device}")
+
+
+def exogenous(history: Tensor, value, mask, in_history: int) -> None:
+    """Raise unless there is an exogenous variable, and those given beside the history fit it, with their mask.
+
+    in_history: how many there are in the history already. In each window each given one may be missing, but not all.
+    """
+    if mask is not None and value is None:
+        raise ValueError("exogenous_mask needs the exogenous series that it speaks of; got exogenous=None")
+    if value is None:
+        if not in_history:
+            raise ValueError(
+                "there is no exogenous variable: every variable of the history is endogenous; give exogenous series, "
+                "or make the model with endogenous=None, where each variable is exogenous to all"
+            )
+        return
+    tensor("exogenous", value, "batch", "time", "variable", finite=False)
+    if len(value) != len(history) or value.shape[1] > history.shape[1]:
+        raise ValueError(
+            "exogenous must have as many windows as history, and at most as many time steps; "
+            f"got {list(value.shape)} and {list(history.shape)}"
+        )
+    _suits("exogenous", value, history)
+    if mask is None:
+        all_finite("exogenous", value)
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != value.shape:
+        got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"exogenous_mask must be a bool tensor of the shape of exogenous, {list(value.shape)}; got {got}"
+        )
+    all_finite("exogenous, where exogenous_mask is True,", value.where(mask, 0))
+    if not in_history and not (some := mask.any(2).any(1)).all():
+        empty = (~some).nonzero().flatten().tolist()
+        raise ValueError(f"exogenous_mask leaves no exogenous value at all in the windows {empty}; drop those windows")
 
 
 def forecast(output, target) -> None:
@@ -144,3 +228,9 @@ def forecast(output, target) -> None:
     tensor("output.prediction", output.prediction, "batch", "horizon", "variable", finite=False)
     alike("output.prediction", output.prediction, "target", target)
     all_finite("target", target)
+
+
+def returned(name: str, value, setting: str) -> None:
+    """Raise ValueError if a model's extra output is None, as it is unless the model was made with a setting."""
+    if value is None:
+        raise ValueError(f"{name} is None: make the model with {setting}, so that it returns what this loss needs")

@@ -57,8 +57,15 @@ def orthogonality(matrix: Tensor, norm: str = "fro") -> Tensor:
     """
     checks.tensor("matrix", matrix, ..., "row", "column")
     checks.choice("norm", norm, ("fro", "spectral"))
-    excess = matrix.mT @ matrix - torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    return torch.linalg.matrix_norm(excess, ord="fro" if norm == "fro" else 2).square().mean()
+    rows, columns = matrix.shape[-2:]
+    # W'W and WW' share their eigenvalues, but for zeros: the smaller of them says all, and costs less.
+    gram = matrix @ matrix.mT if rows < columns else matrix.mT @ matrix
+    excess = gram - torch.eye(min(rows, columns), dtype=matrix.dtype, device=matrix.device)
+    missing = max(0, columns - rows)  # so many eigenvalues of W'W are 0; each is 1 away from that of I
+    if norm == "fro":
+        return (excess.square().sum((-2, -1)) + missing).mean()
+    largest = torch.linalg.eigvalsh(excess).abs().amax(-1)
+    return (largest.clamp(min=1) if missing else largest).square().mean()
 
 
 def kl_from_uniform(probabilities: Tensor) -> Tensor:

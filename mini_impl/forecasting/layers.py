@@ -1,12 +1,15 @@
 """Parts that several forecasters share."""
 
+import math
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mini_impl import checks
+
+# --- averages over time -----------------------------------------------------------------------------------------------
 
 
 def moving_average(series: Tensor, kernel_size: int) -> Tensor:
@@ -61,3 +64,136 @@ def half_weighted(period: int) -> Tensor:
 def _repeat_edges(series: Tensor, steps: int) -> Tensor:
     """[batch, time, variable] -> [batch, variable, steps + time + steps]."""
     return F.pad(series.mT, (steps, steps), mode="replicate")
+
+
+# --- every window on a scale of its own -------------------------------------------------------------------------------
+
+
+def normalise(series: Tensor, observed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Take each variable's mean over the window away and divide by its standard deviation; denormalise undoes it.
+
+    series: [batch, time, variable]. observed: bool, same shape: False where a value is missing; such values count
+    neither in mean nor deviation and become 0. Each variable of each window needs one that is there.
+    Returns (scaled [batch, time, variable], mean [batch, 1, variable], std [batch, 1, variable]):
+    scaled = (x - mean) / std, std = sqrt(variance + 1e-5), so that a constant window becomes 0.
+    Source: Kim et al., "Reversible Instance Normalization", 2022, without its learned scale; Liu et al.,
+    "Non-stationary Transformers", 2022.
+    """
+    if observed is None:
+        variance, mean = torch.var_mean(series, dim=1, correction=0, keepdim=True)
+        std = (variance + 1e-5).sqrt()
+        return (series - mean) / std, mean, std
+    count = observed.sum(1, keepdim=True)
+    mean = series.where(observed, 0).sum(1, keepdim=True) / count
+    centred = (series - mean).where(observed, 0)
+    std = (centred.square().sum(1, keepdim=True) / count + 1e-5).sqrt()
+    return centred / std, mean, std
+
+
+def denormalise(scaled: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """scaled * std + mean: [batch, any time, variable], with the mean and std [batch, 1, variable] of normalise."""
+    return scaled * std + mean
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def patches(series: Tensor, patch_length: int, stride: int) -> Tensor:
+    """Cut the last axis into pieces of `patch_length` steps, each beginning `stride` steps after the one before.
+
+    series: [.., time]. Returns [.., patch, patch_length], a view; patch = (time - patch_length) / stride + 1.
+    Raises ValueError if the patches would leave out steps, between them or at the end.
+    """
+    checks.patches(series.shape[-1], patch_length, stride)
+    return series.unfold(-1, patch_length, stride)
+
+
+@lru_cache(maxsize=16)
+def sinusoids(length: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Fixed positions [length, width]: sin(t / 10000^(2i/width)) in feature 2i, cos of the same in feature 2i + 1.
+
+    Every call with the same arguments returns the same tensor: do not write into it.
+    Source: Vaswani et al., "Attention Is All You Need", 2017.
+    """
+    with torch.inference_mode(False):  # the tensor outlives the call, and must then serve in training too
+        even = torch.arange(0, width, 2, dtype=torch.float64)
+        angles = torch.arange(length)[:, None] * torch.exp(-math.log(10000) * even / width)  # [length, width / 2]
+        waves = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width]
+        return waves.to(device, dtype)
+
+
+# --- the transformer's parts ------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """softmax(Q K' / sqrt(d)) V in several heads of d = width / heads features each.
+
+    Called with tokens [batch, query, width] alone, they attend to one another; with a context [batch, key, width], to
+    that. present: bool [batch, key], False for keys that nobody attends to.
+    Returns (mixed [batch, query, width], map [batch, head, query, key]): the map, each row with sum 1, is None unless
+    asked for, as the fused product is quicker without it.
+    Source: Vaswani et al., 2017.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        checks.divides("heads", heads, "width", width)
+        self.heads = heads
+        self.projection = nn.Linear(width, 3 * width)  # query, key and value in one product
+        self.output = nn.Linear(width, width)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        context: Tensor | None = None,
+        present: Tensor | None = None,
+        return_map: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        query, key, value = self._project(tokens, context)  # each [batch, head, token, d]
+        if present is not None:
+            present = present[:, None, None]  # [batch, 1, 1, key]
+        if return_map:
+            scores = query @ key.mT / math.sqrt(query.shape[-1])
+            weights = (scores if present is None else scores.masked_fill(~present, -math.inf)).softmax(-1)
+            mixed = weights @ value
+        else:
+            weights = None
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=present)
+        return self.output(mixed.transpose(1, 2).flatten(2)), weights
+
+    def _project(self, tokens: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if context is None:
+            parts = self.projection(tokens).chunk(3, dim=-1)
+        else:
+            width = tokens.shape[-1]
+            weight, bias = self.projection.weight, self.projection.bias
+            query = F.linear(tokens, weight[:width], bias[:width])
+            parts = query, *F.linear(context, weight[width:], bias[width:]).chunk(2, dim=-1)
+        return tuple(part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+
+
+def feed_forward(width: int, hidden: int, dropout: float) -> nn.Sequential:
+    """Two linear maps with GELU between them, applied to each token alone: width -> hidden -> width."""
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, width))
+
+
+class EncoderBlock(nn.Module):
+    """x <- norm(x + attention(x)); x <- norm(x + feed_forward(x)): normalisation after each sum ("post-norm").
+
+    tokens [batch, token, width] -> (tokens [batch, token, width], map [batch, head, query, key] or None).
+    norm: what makes the normalisation from `width`. Source: Vaswani et al., 2017.
+    """
+
+    def __init__(self, width: int, heads: int, feed_forward_width: int, dropout: float, norm=nn.LayerNorm):
+        super().__init__()
+        self.attention = Attention(width, heads)
+        self.attention_norm = norm(width)
+        self.feed_forward = feed_forward(width, feed_forward_width, dropout)
+        self.feed_forward_norm = norm(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor, return_map: bool = False) -> tuple[Tensor, Tensor | None]:
+        mixed, attention_map = self.attention(tokens, return_map=return_map)
+        tokens = self.attention_norm(tokens + self.dropout(mixed))
+        tokens = self.feed_forward_norm(tokens + self.dropout(self.feed_forward(tokens)))
+        return tokens, attention_map

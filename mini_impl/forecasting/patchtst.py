@@ -1,0 +1,262 @@
+"""PatchTST: cut each variable's past into patches, let the patches attend to one another, read the forecast off them.
+
+Sources: the documented system "PatchTST"; Nie et al., "A Time Series is Worth 64 Words", 2023.
+"""
+
+import copy
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mini_impl import checks
+from mini_impl.forecasting.data import Windows
+from mini_impl.forecasting.layers import EncoderBlock, denormalise, normalise, patches
+from mini_impl.losses import LossTerms, kl_from_uniform
+
+
+def pad_end(series: Tensor, patch_length: int, stride: int) -> Tensor:
+    """Repeat the last value until one more patch fits, so that the newest steps lie in two patches.
+
+    series: [.., time]. Returns [.., time + 1 to stride steps]. Source: the paper, section 3.1.
+    """
+    extra = stride - (series.shape[-1] - patch_length) % stride
+    return torch.cat([series, series[..., -1:].expand(*series.shape[:-1], extra)], dim=-1)
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """For each feature one mean and one variance over all windows, variables and patches of the batch."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens.flatten(0, 1)).view_as(tokens)  # rows [batch * variable * patch, width]
+
+
+class Encoder(nn.Module):
+    """Patches [window, patch, patch_length] -> tokens [window, patch, width], and the last layer's attention map.
+
+    Each patch is embedded by one linear map, gets a learned position added, and goes through the transformer's blocks.
+    A "window" is one variable of one window here. Source: documented steps 2 and 3.
+    """
+
+    def __init__(
+        self,
+        patch_count: int,
+        patch_length: int,
+        width: int,
+        heads: int,
+        layers: int,
+        feed_forward_width: int,
+        dropout: float,
+    ):
+        super().__init__()
+        self.embedding = nn.Linear(patch_length, checks.integer("width", width))
+        self.position = nn.Parameter(torch.empty(patch_count, width).uniform_(-0.02, 0.02))
+        self.dropout = nn.Dropout(checks.fraction("dropout", dropout))
+        checks.integer("feed_forward_width", feed_forward_width)
+        self.blocks = nn.ModuleList(
+            EncoderBlock(width, heads, feed_forward_width, dropout, norm=BatchNorm)
+            for _ in range(checks.integer("layers", layers))
+        )
+
+    def forward(self, pieces: Tensor, return_map: bool = False) -> tuple[Tensor, Tensor | None]:
+        tokens = self.dropout(self.embedding(pieces) + self.position)
+        for block in self.blocks:
+            tokens, attention = block(tokens, return_map=return_map and block is self.blocks[-1])
+        return tokens, attention
+
+
+# --- supervised -------------------------------------------------------------------------------------------------------
+
+
+class Output(NamedTuple):
+    """What PatchTST returns."""
+
+    prediction: Tensor  # [batch, horizon, variable]
+    attention: Tensor | None = None  # [batch * variable, head, query, key] of the last layer, if return_attention
+
+
+class PatchTST(nn.Module):
+    """Forecast every variable by itself with one shared transformer over its patches.
+
+    history, horizon: how many steps it sees and forecasts. patch_length, stride: patches overlap where stride is less.
+    pad_end: repeat the last value, so that one more patch fits; without it the patches must cover the history evenly.
+    width, heads, layers, feed_forward_width, dropout: of the encoder. return_attention: fill Output.attention.
+    model(history [batch, history, variable]) -> Output. Raises TypeError, ValueError.
+    Source: documented steps 1 to 4. What the text leaves out (each window on its own scale, positions, the linear
+    head) as in the paper; the public code's sum of attention scores over layers, not in the paper, is left out.
+    """
+
+    def __init__(
+        self,
+        history: int,
+        horizon: int,
+        patch_length: int = 16,
+        stride: int = 8,
+        pad_end: bool = True,
+        width: int = 16,
+        heads: int = 4,
+        layers: int = 3,
+        feed_forward_width: int = 128,
+        dropout: float = 0.3,
+        return_attention: bool = False,
+    ):
+        super().__init__()
+        self.history = checks.integer("history", history)
+        self.horizon = checks.integer("horizon", horizon)
+        self.patch_length = checks.integer("patch_length", patch_length, most=history, why="the history")
+        self.stride = checks.integer("stride", stride)
+        self.pad_end = pad_end
+        self.return_attention = return_attention
+        patch_count = self.cut(torch.empty(1, history, 1)).shape[2]
+        self.encoder = Encoder(patch_count, patch_length, width, heads, layers, feed_forward_width, dropout)
+        self.head = nn.Linear(patch_count * width, horizon)
+
+    def cut(self, scaled: Tensor) -> Tensor:
+        """[batch, time, variable] -> patches [batch, variable, patch, patch_length]. Source: documented step 1."""
+        series = pad_end(scaled.mT, self.patch_length, self.stride) if self.pad_end else scaled.mT
+        return patches(series, self.patch_length, self.stride)
+
+    def forward(self, history: Tensor) -> Output:
+        checks.history(history, self.history, self.head.weight)
+        scaled, mean, std = normalise(history)
+        pieces = self.cut(scaled).flatten(0, 1)  # [batch * variable, patch, patch_length]
+        tokens, attention = self.encoder(pieces, return_map=self.return_attention)
+        forecast = self.head(tokens.flatten(1))  # [batch * variable, horizon]
+        forecast = forecast.view(len(history), -1, self.horizon).mT  # [batch, horizon, variable]
+        return Output(prediction=denormalise(forecast, mean, std), attention=attention)
+
+    @classmethod
+    def from_masked(cls, masked: "MaskedPatchTST", horizon: int, linear_probe: bool = False) -> "PatchTST":
+        """A forecaster with a copy of a pre-trained encoder and a new head.
+
+        linear_probe: train the head alone; the encoder's weights then need no gradient. Otherwise all is trained on.
+        Source: the paper, section 4.2.
+        """
+        if not isinstance(masked, MaskedPatchTST):
+            raise TypeError(f"masked must be a MaskedPatchTST; got {type(masked).__name__}")
+        length, width = masked.patch_length, masked.encoder.embedding.out_features
+        model = cls(masked.history, horizon, length, stride=length, pad_end=False, width=width, heads=1, layers=1)
+        model.encoder = copy.deepcopy(masked.encoder).requires_grad_(not linear_probe)  # in place of the one just made
+        return model.to(masked.head.weight)
+
+
+def documented_loss(
+    output: Output, target: Tensor, uniformity_weight: float = 0.1, reading: str = "received"
+) -> LossTerms:
+    """L = mean |y - yhat| + gamma KL(p || uniform).
+
+    output: of a PatchTST made with return_attention=True. target: y, [batch, horizon, variable].
+    uniformity_weight: gamma, at least 0.
+    reading: what p, "the attention distribution of the patch embedding", is. "received": how much attention each patch
+    receives, the mean over heads and queries, for each window and variable; "rows": each row of the map.
+    The KL lies between 0 and log(patches); its mean over all p counts.
+    Terms: "forecast" and "uniformity". Raises TypeError, ValueError. Source: the documented loss.
+    """
+    checks.forecast(output, target)
+    checks.returned("output.attention", output.attention, "return_attention=True")
+    checks.number("uniformity_weight", uniformity_weight, least=0)
+    checks.choice("reading", reading, ("received", "rows"))
+    p = output.attention if reading == "rows" else output.attention.mean((1, 2))  # [.., key]
+    return LossTerms.of(
+        forecast=F.l1_loss(output.prediction, target),
+        uniformity=uniformity_weight * kl_from_uniform(p),
+    )
+
+
+def published_loss(output: Output, target: Tensor) -> LossTerms:
+    """L = mean of (y - yhat)^2 over windows, horizon and variables.
+
+    output: of PatchTST. target: y, [batch, horizon, variable]. Term: "forecast".
+    Raises TypeError, ValueError. Source: the paper's public code; the paper sums over the horizon instead.
+    """
+    checks.forecast(output, target)
+    return LossTerms.of(forecast=F.mse_loss(output.prediction, target))
+
+
+# --- self-supervised --------------------------------------------------------------------------------------------------
+
+
+class MaskedOutput(NamedTuple):
+    """What MaskedPatchTST returns, all on the scale of each window."""
+
+    reconstruction: Tensor  # [batch, variable, patch, patch_length]
+    patches: Tensor  # [batch, variable, patch, patch_length], as they were before masking
+    mask: Tensor  # bool [batch, variable, patch], True where the patch was set to zero
+
+
+def random_mask(shape: tuple[int, ...], visible: int, generator: torch.Generator | None = None) -> Tensor:
+    """Which patches to hide: bool [.., patch] of the given shape, True for all but `visible` random ones of each row.
+
+    generator: on the CPU; None: torch's own.
+    """
+    rank = torch.rand(shape, generator=generator).argsort(-1).argsort(-1)  # [.., patch], a random order of each row
+    return rank >= visible
+
+
+class MaskedPatchTST(nn.Module):
+    """Learn without a target: set random patches to zero, and reconstruct them from the ones still visible.
+
+    patch_length: divides history; the patches do not overlap, or a hidden one could be read off its neighbours.
+    mask_ratio: the share of patches to hide; of n patches floor(n (1 - mask_ratio)) stay visible, as in public code.
+    The other settings are the encoder's.
+    model(history [batch, history, variable], generator=None) -> MaskedOutput; generator: where the masks come from.
+    Raises TypeError, ValueError. Source: the documented self-supervised form; sizes as in the paper, section 4.2.
+    """
+
+    def __init__(
+        self,
+        history: int,
+        patch_length: int = 12,
+        mask_ratio: float = 0.4,
+        width: int = 128,
+        heads: int = 16,
+        layers: int = 3,
+        feed_forward_width: int = 512,
+        dropout: float = 0.2,
+    ):
+        super().__init__()
+        self.history = checks.integer("history", history)
+        self.patch_length = checks.divides("patch_length", patch_length, "history", history)
+        patch_count = history // patch_length
+        self.visible = checks.visible_patches(patch_count, mask_ratio)
+        self.encoder = Encoder(patch_count, patch_length, width, heads, layers, feed_forward_width, dropout)
+        self.head = nn.Linear(width, patch_length)
+
+    def forward(self, history: Tensor, generator: torch.Generator | None = None) -> MaskedOutput:
+        checks.history(history, self.history, self.head.weight)
+        scaled, _, _ = normalise(history)
+        whole = patches(scaled.mT, self.patch_length, self.patch_length)  # [batch, variable, patch, patch_length]
+        mask = random_mask(whole.shape[:3], self.visible, generator).to(whole.device)
+        visible = whole.masked_fill(mask[..., None], 0)
+        tokens, _ = self.encoder(visible.flatten(0, 1))
+        return MaskedOutput(self.head(tokens).view_as(whole), whole, mask)
+
+
+def masked_loss(output: MaskedOutput, target: Tensor | None = None) -> LossTerms:
+    """L = the mean over the masked patches of their mean squared error; the visible ones carry no loss.
+
+    output: of MaskedPatchTST. target: not used; with it `fit` can call this like any other loss.
+    Term: "reconstruction". Raises TypeError, ValueError. Source: the paper, section 3.2.
+    """
+    checks.alike("output.reconstruction", output.reconstruction, "output.patches", output.patches)
+    error = (output.reconstruction - output.patches).square().mean(-1)  # [batch, variable, patch]
+    return LossTerms.of(reconstruction=error[output.mask].mean())
+
+
+def masked_score(model: MaskedPatchTST, windows: Windows, seed: int = 0, batch_size: int = 256) -> float:
+    """The masked loss over all windows, in eval mode, with the same masks at every call: a score for `fit`.
+
+    Raises TypeError, ValueError.
+    """
+    training = model.training
+    model.eval()
+    generator = torch.Generator().manual_seed(checks.integer("seed", seed, least=0))
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, len(windows), checks.integer("batch_size", batch_size)):
+            history, _ = windows[start : start + batch_size]
+            history = history.to(model.head.weight)
+            total += masked_loss(model(history, generator)).total.item() * len(history)  # as many masked in each window
+    model.train(training)
+    return total / len(windows)

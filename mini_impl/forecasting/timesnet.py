@@ -1,0 +1,238 @@
+"""TimesNet: find the periods of a series, fold it by each of them into a plane, convolve there, add the planes up.
+
+Sources: the documented system "TimesNet"; Wu et al., "TimesNet: Temporal 2D-Variation Modeling for General Time Series
+Analysis", 2023.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mini_impl import checks
+from mini_impl.forecasting.layers import denormalise, normalise, sinusoids
+from mini_impl.losses import LossTerms
+
+
+def dominant_periods(series: Tensor, k: int, per_window: bool = False) -> tuple[Tensor, Tensor]:
+    """The k strongest frequencies of a series: their periods, and how strong each is in each window.
+
+    series: [batch, time, variable]. k: at most time // 2, the number of frequencies.
+    A frequency f is f cycles in `time` steps; its period is floor(time / f). Its amplitude is |rfft|, the mean over
+    variables. Which k are strongest is decided by the mean over the batch too, or, per_window, by each window alone.
+    Returns (periods, amplitudes [batch, k]), strongest first; periods: whole numbers [k] or, per_window, [batch, k].
+    Amplitudes carry a gradient, the choice does not. Raises TypeError, ValueError.
+    Source: documented TimesBlock, step 1; the paper, equations 1 and 2.
+    """
+    checks.tensor("series", series, "batch", "time", "variable")
+    batch, time, _ = series.shape
+    checks.integer("k", k, most=time // 2, why=f"the frequencies of {time} time steps")
+    amplitude = torch.fft.rfft(series, dim=1).abs().mean(2)[:, 1:]  # [batch, frequency], without 0, the mean
+    strength = amplitude if per_window else amplitude.mean(0)
+    strongest = strength.topk(k).indices  # [batch, k] or [k]
+    return time // (strongest + 1), amplitude.gather(1, strongest.expand(batch, k))
+
+
+def fold(series: Tensor, period: int) -> Tensor:
+    """[batch, time, width] -> [batch, width, row, column]: one period a row, zeros after the end of the last one.
+
+    Source: documented TimesBlock, step 1; the paper, equation 3.
+    """
+    rows = -(-series.shape[1] // period)
+    padded = F.pad(series, (0, 0, 0, rows * period - series.shape[1]))
+    return padded.unflatten(1, (rows, period)).permute(0, 3, 1, 2)  # no copy: convolutions take width as last in memory
+
+
+def unfold(plane: Tensor, time: int) -> Tensor:
+    """[batch, width, row, column] -> [batch, time, width]: fold undone, the zeros after the end cut off."""
+    return plane.permute(0, 2, 3, 1).flatten(1, 2)[:, :time]
+
+
+class Inception(nn.Module):
+    """The mean of convolutions with kernels of 1, 3, 5, .. entries, computed as one convolution.
+
+    shape: "within" convolves along a row, within a period; "across" along a column, from period to period: the
+    documented one-dimensional kernels. "inception" has square kernels, as in the paper.
+    Convolving is linear in the kernel, so that the mean of the results is the result of the mean kernel, each padded
+    with zeros to the largest.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernels: int, shape: str):
+        super().__init__()
+        sizes = range(1, 2 * kernels, 2)
+        extents = {"within": lambda s: (1, s), "across": lambda s: (s, 1), "inception": lambda s: (s, s)}[shape]
+        self.kernels = nn.ModuleList(nn.Conv2d(inputs, outputs, extents(size), padding="same") for size in sizes)
+        for kernel in self.kernels:
+            nn.init.kaiming_normal_(kernel.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(kernel.bias)
+
+    def forward(self, plane: Tensor) -> Tensor:
+        """[batch, inputs, row, column] -> [batch, outputs, row, column]."""
+        return convolve(plane, *self.merged())
+
+    def merged(self) -> tuple[Tensor, Tensor]:
+        """The one kernel [outputs, inputs, height, width] and its bias [outputs]."""
+        height, width = self.kernels[-1].kernel_size
+        total = 0
+        for kernel in self.kernels:
+            down, right = (height - kernel.kernel_size[0]) // 2, (width - kernel.kernel_size[1]) // 2
+            total = total + F.pad(kernel.weight, (right, right, down, down))
+        bias = torch.stack([kernel.bias for kernel in self.kernels]).mean(0)
+        return total / len(self.kernels), bias
+
+
+def convolve(plane: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+    """The convolution that keeps the plane's size, without the entries of the kernel that would only meet padding.
+
+    plane: [batch, inputs, row, column]. kernel: [outputs, inputs, height, width], both odd. bias: [outputs].
+    On r rows only the middle 2r - 1 rows of the kernel reach one row from another; so for columns.
+    """
+    for axis in (2, 3):
+        extra = max(0, kernel.shape[axis] - (2 * plane.shape[axis] - 1)) // 2
+        kernel = kernel.narrow(axis, extra, kernel.shape[axis] - 2 * extra)
+    return F.conv2d(plane, kernel, bias, padding=(kernel.shape[2] // 2, kernel.shape[3] // 2))
+
+
+class TimesBlock(nn.Module):
+    """Features [batch, time, width] -> their weighted sum over the k periods, and the k branches themselves.
+
+    Returns (sum [batch, time, width], branches [batch, k, time, width] or None unless asked for).
+    Source: documented TimesBlock, steps 1 to 4.
+    """
+
+    def __init__(self, width: int, hidden: int, periods: int, kernels: int, convolution: str, per_window: bool):
+        super().__init__()
+        self.periods, self.per_window = periods, per_window
+        self.widen = Inception(width, hidden, kernels, convolution)
+        self.narrow = Inception(hidden, width, kernels, convolution)
+
+    def forward(self, features: Tensor, return_branches: bool = False) -> tuple[Tensor, Tensor | None]:
+        time = features.shape[1]
+        periods, amplitudes = dominant_periods(features, self.periods, self.per_window)
+        weights = amplitudes.softmax(-1)  # [batch, k]
+        widen, narrow = self.widen.merged(), self.narrow.merged()
+        total = torch.zeros_like(features)
+        branches = features.new_zeros(*weights.shape, *features.shape[1:]) if return_branches else None
+        for period in periods.unique().tolist():  # equal periods are folded once
+            chosen = (periods == period).expand_as(weights)  # [batch, k]
+            windows = chosen.any(1).nonzero().flatten()  # all of them, unless each has periods of its own
+            plane = fold(features[windows], period)
+            plane = convolve(F.gelu(convolve(plane, *widen)), *narrow)
+            branch = torch.zeros_like(features).index_copy(0, windows, unfold(plane, time))
+            total = total + (weights * chosen).sum(1)[:, None, None] * branch
+            if return_branches:
+                branches = torch.where(chosen[..., None, None], branch[:, None], branches)
+        return total, branches
+
+
+class Output(NamedTuple):
+    """What TimesNet returns."""
+
+    prediction: Tensor  # [batch, horizon, variable]
+    # [batch, horizon, k, width], the last block's branches before they are weighted, if return_frequency_features
+    frequency_features: Tensor | None = None
+
+
+class TimesNet(nn.Module):
+    """Embed the series, extend it to the horizon, refine it by blocks that work on its periods, read the forecast off.
+
+    history, horizon: how many steps it sees and forecasts. variables: how many series there are.
+    periods: k, at most (history + horizon) // 2. width: of the deep features; feed_forward_width: between the two
+    convolutions of a block; layers: blocks. kernels: sizes 1, 3, .., 2 kernels - 1. convolution: as Inception's shape.
+    per_window: each window has periods of its own, so that its forecast does not depend on the rest of the batch, as
+    it does in the published form. return_frequency_features: fill Output.frequency_features.
+    model(history [batch, history, variable]) -> Output. Raises TypeError, ValueError.
+    Source: documented steps 1 to 3. What the text leaves out (each window on its own scale, the linear extension, the
+    residual sum with its normalisation) as in the paper and its public code, without the latter's calendar features.
+    """
+
+    def __init__(
+        self,
+        history: int,
+        horizon: int,
+        variables: int,
+        periods: int = 5,
+        width: int = 16,
+        feed_forward_width: int = 32,
+        layers: int = 2,
+        kernels: int = 6,
+        convolution: str = "within",
+        dropout: float = 0.1,
+        per_window: bool = False,
+        return_frequency_features: bool = False,
+    ):
+        super().__init__()
+        self.history = checks.integer("history", history)
+        self.horizon = checks.integer("horizon", horizon)
+        self.return_frequency_features = return_frequency_features
+        time = history + horizon
+        checks.integer("periods", periods, most=time // 2, why=f"the frequencies of history + horizon, {time} steps")
+        checks.integer("feed_forward_width", feed_forward_width)
+        checks.integer("kernels", kernels)
+        checks.choice("convolution", convolution, ("within", "across", "inception"))
+        self.embedding = nn.Conv1d(
+            checks.integer("variables", variables),
+            checks.integer("width", width),
+            kernel_size=3,
+            padding=1,
+            padding_mode="circular",
+            bias=False,
+        )
+        nn.init.kaiming_normal_(self.embedding.weight, nonlinearity="leaky_relu")
+        self.dropout = nn.Dropout(checks.fraction("dropout", dropout))
+        self.extension = nn.Linear(history, time)
+        self.blocks = nn.ModuleList(
+            TimesBlock(width, feed_forward_width, periods, kernels, convolution, per_window)
+            for _ in range(checks.integer("layers", layers))
+        )
+        self.norm = nn.LayerNorm(width)
+        self.projection = nn.Linear(width, variables)
+
+    def forward(self, history: Tensor) -> Output:
+        checks.history(history, self.history, self.projection.weight, variables=self.projection.out_features)
+        scaled, mean, std = normalise(history)
+        features = self.embedding(scaled.mT).mT  # [batch, time, width]
+        features = features + sinusoids(*features.shape[1:], features.dtype, features.device)
+        features = self.extension(self.dropout(features).mT).mT.contiguous()  # [batch, history + horizon, width]
+        for block in self.blocks:
+            wanted = self.return_frequency_features and block is self.blocks[-1]
+            total, branches = block(features, return_branches=wanted)
+            features = self.norm(features + total)
+        forecast = self.projection(features[:, self.history :])  # [batch, horizon, variable]
+        return Output(
+            prediction=denormalise(forecast, mean, std),
+            frequency_features=branches if branches is None else branches[:, :, self.history :].transpose(1, 2),
+        )
+
+
+def documented_loss(
+    output: Output, target: Tensor, forecast_weight: float = 1.0, smoothness_weight: float = 0.5
+) -> LossTerms:
+    """L = 1/L sum_t (alpha ||y_t - yhat_t||^2 + beta ||F_t - F_{t-1}||_F^2), the mean over the batch.
+
+    L: the horizon; the second sum begins at t = 2. The norms run over variables, and over periods and features.
+    output: of a TimesNet made with return_frequency_features=True; F is output.frequency_features.
+    target: y, [batch, horizon, variable]. forecast_weight: alpha; smoothness_weight: beta; both at least 0.
+    Terms: "forecast" and "smoothness". Raises TypeError, ValueError. Source: the documented loss.
+    """
+    checks.forecast(output, target)
+    checks.returned("output.frequency_features", output.frequency_features, "return_frequency_features=True")
+    checks.number("forecast_weight", forecast_weight, least=0)
+    checks.number("smoothness_weight", smoothness_weight, least=0)
+    windows_and_steps = target.shape[0] * target.shape[1]
+    change = output.frequency_features.diff(dim=1)  # [batch, horizon - 1, k, width]
+    return LossTerms.of(
+        forecast=forecast_weight * F.mse_loss(output.prediction, target, reduction="sum") / windows_and_steps,
+        smoothness=smoothness_weight * change.square().sum() / windows_and_steps,
+    )
+
+
+def published_loss(output: Output, target: Tensor) -> LossTerms:
+    """L = mean of (y - yhat)^2 over windows, horizon and variables.
+
+    output: of TimesNet. target: y, [batch, horizon, variable]. Term: "forecast".
+    Raises TypeError, ValueError. Source: the paper's public code.
+    """
+    checks.forecast(output, target)
+    return LossTerms.of(forecast=F.mse_loss(output.prediction, target))
