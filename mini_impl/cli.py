@@ -1,23 +1,42 @@
-"""The command `mini-impl`: train a forecaster of the book on a CSV file, and test it beside the naive baselines."""
+"""The command `mini-impl`: train a forecaster of the book on a series, and test it beside the naive baselines."""
 
 import argparse
 import functools
 import inspect
 import json
+import re
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from types import ModuleType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mini_impl.checkpoint import write_bytes
-from mini_impl.forecasting import dlinear
-from mini_impl.forecasting.baselines import repeat_last, repeat_season
-from mini_impl.forecasting.data import load_auckland, load_csv, prepare
+from mini_impl.forecasting import dlinear, itransformer, patchtst, timesnet, timexer
+from mini_impl.forecasting.baselines import repeat_season
+from mini_impl.forecasting.data import ETT_SHA256, Windows, download_ett, load_auckland, load_csv, prepare
 from mini_impl.forecasting.train import evaluate, fit
 
-MODELS: dict[str, tuple[ModuleType, type[nn.Module]]] = {"dlinear": (dlinear, dlinear.DLinear)}
+MODELS: dict[str, tuple[ModuleType, type[nn.Module]]] = {
+    "dlinear": (dlinear, dlinear.DLinear),
+    "patchtst": (patchtst, patchtst.PatchTST),
+    "itransformer": (itransformer, itransformer.ITransformer),
+    "timesnet": (timesnet, timesnet.TimesNet),
+    "timexer": (timexer, timexer.TimeXer),
+}
+# What a model must return besides its forecast for the documented loss to have all its terms.
+RETURNED = {"patchtst": "return_attention", "timesnet": "return_frequency_features", "timexer": "return_attention"}
+ETT_SPLIT = (8640, 2880, 2880)  # 12, 4 and 4 months of 30 days, as in the literature
+HERE = ("checkpoint", "json")  # options that say where files of this machine are: not part of a result
+# What a setting may be, by the type of its default.
+KINDS = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "a word"),
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -26,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = make_parser()
     options = parser.parse_args(arguments)
     try:
-        result = {"command": ["mini-impl", *arguments], **forecast(options)}
+        result = {"command": _without_files(arguments), **forecast(options)}
         report(result)
         if options.json is not None:
             write_bytes(options.json, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
@@ -42,14 +61,18 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mini-impl", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     shows = argparse.ArgumentDefaultsHelpFormatter
-    add = commands.add_parser("forecast", help="train and test a forecaster", formatter_class=shows).add_argument
+    what = "train and test a forecaster"
+    forecasts = commands.add_parser("forecast", help=what, description=what, formatter_class=shows, allow_abbrev=False)
+    add = forecasts.add_argument
     add("model", choices=MODELS)
-    add("--csv", metavar="FILE", help="rows equally far apart in time; without it: the embedded Auckland series")
+    series = forecasts.add_mutually_exclusive_group().add_argument
+    series("--csv", metavar="FILE", help="rows equally far apart in time; without it: the embedded Auckland series")
+    series("--ett", choices=ETT_SHA256, help="this series, downloaded once, or where MINI_IMPL_DATA says")
     add("--history", type=int, default=96, help="time steps that the model sees")
     add("--horizon", type=int, default=96, help="time steps that it forecasts")
-    add("--split", type=_split, metavar="A,B,C", help="rows to train, validate and test on; without it: 70, 10, 20 %%")
+    add("--split", type=_split, metavar="A,B,C", help="rows to train, validate, test on; else 70, 10, 20 %% (not ETT)")
     add("--loss", choices=("documented", "published"), default="documented", help="as documented, or as in the paper")
-    add("--weight", type=_setting, action="append", default=[], metavar="NAME=VALUE", help="of a term of the loss")
+    add("--weight", type=_setting, action="append", default=[], metavar="NAME=VALUE", help="a setting of the loss")
     add("--set", type=_setting, action="append", default=[], metavar="NAME=VALUE", help="a setting of the model")
     add("--period", type=int, help="time steps of a season, for the seasonal baseline; without it: 24, or the history")
     for name, what in (
@@ -69,36 +92,34 @@ def make_parser() -> argparse.ArgumentParser:
 
 def forecast(options: argparse.Namespace) -> dict:
     """Train and test as the options say; return everything that the command reports."""
-    series = load_auckland() if options.csv is None else load_csv(options.csv)
-    rows = len(series.values)
-    lengths = options.split or (rows * 7 // 10, rows // 10, rows - rows * 7 // 10 - rows // 10)
-    train, validation, test, _ = prepare(series.values, lengths, options.history, options.horizon)
+    values, lengths = _data(options)
     module, make_model = MODELS[options.model]
     loss_function = getattr(module, f"{options.loss}_loss")
-    weights = _settings("--weight", options.weight, loss_function, leave_out=("output", "target"))
-    weights = {name: float(value) for name, value in weights.items()}
-    settings = _settings("--set", options.set, make_model, leave_out=("history", "horizon"))
+    weights = _settings("--weight", options.weight, loss_function)
+    settings = _settings("--set", options.set, make_model)
+    asked = settings.get("endogenous")
+    train, validation, test, _ = prepare(values, lengths, options.history, options.horizon, endogenous=asked)
     period = min(24, options.history) if options.period is None else options.period
-    naive = {
-        "last value": functools.partial(repeat_last, horizon=options.horizon),
-        f"last {period} steps again": functools.partial(repeat_season, horizon=options.horizon, period=period),
-    }
-    scores = {name: evaluate(function, test)._asdict() for name, function in naive.items()}
+    naive = {"last value": _naive(test, period=1), f"last {period} steps again": _naive(test, period)}
 
     torch.manual_seed(options.seed)
-    model = make_model(options.history, options.horizon, **settings)
+    more = {"variables": values.shape[1]} if "variables" in inspect.signature(make_model).parameters else {}
+    if options.loss == "documented" and options.model in RETURNED:
+        more[RETURNED[options.model]] = True
+    model = make_model(options.history, options.horizon, **more, **settings)
     loss = functools.partial(loss_function, **weights)
     names = ("epochs", "batch_size", "learning_rate", "decay", "patience", "seed", "checkpoint")
     how = {name: getattr(options, name) for name in names}
     training = fit(model, train, validation, loss, device=options.device, **how)
     return {
         "versions": {"mini_impl": version("mini_impl"), "torch": torch.__version__},
-        "settings": {name: value for name, value in vars(options).items() if name not in ("command", "json")}
+        "settings": {name: value for name, value in vars(options).items() if name not in ("command", *HERE)}
         | {"split": list(lengths), "weight": weights, "set": settings, "period": period},
         "windows": {"train": len(train), "validation": len(validation), "test": len(test)},
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "validation": {"mse of each epoch": training.validation, "best epoch": training.best_epoch},
-        "test": {options.model: evaluate(model, test)._asdict(), **scores},
+        "test": {options.model: evaluate(model, test)._asdict(), **naive},
+        "seconds": round(training.seconds, 1),
     }
 
 
@@ -120,26 +141,72 @@ def _split(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def _setting(text: str) -> tuple[str, int | float]:
-    """NAME=VALUE, the value a number."""
+def _setting(text: str) -> tuple[str, bool | int | float | str | tuple[int, ...]]:
+    """NAME=VALUE; the value true, false, a number, a word, or several whole numbers with commas between them."""
     name, _, value = text.partition("=")
+    if value in ("true", "false"):
+        return name, value == "true"
     for kind in (int, float):
         try:
             return name, kind(value)
         except ValueError:
             pass
-    raise argparse.ArgumentTypeError(f"wants NAME=VALUE with a number such as trend_weight=0.5; got {text!r}")
+    if re.fullmatch(r"-?\d+(,-?\d+)+", value):
+        return name, tuple(map(int, value.split(",")))
+    if re.fullmatch(r"[A-Za-z]\w*", value):
+        return name, value
+    raise argparse.ArgumentTypeError(f"wants NAME=VALUE such as trend_weight=0.5; got {text!r}")
 
 
-def _settings(option: str, given: list[tuple[str, float]], function, leave_out: tuple[str, ...]) -> dict[str, float]:
-    """The defaults of a function with the given values on top. Raises ValueError for one that it does not take."""
-    parameters = inspect.signature(function).parameters
-    takes = {name: parameter.default for name, parameter in parameters.items() if name not in leave_out}
-    for name, _ in given:
+def _settings(option: str, given: list[tuple], function: Callable) -> dict:
+    """The defaults of a loss or a model with the given values on top.
+
+    Raises ValueError for a setting that it does not take, or a value that is not of the kind of the default.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    takes = {parameter.name: parameter.default for parameter in parameters if _is_setting(parameter)}
+    settings = dict(takes)
+    for name, value in given:
         if name not in takes:
             what = f"takes {', '.join(takes)}" if takes else "takes none"
             raise ValueError(f"{option}: {function.__name__} has no {name!r}; it {what}")
-    return takes | dict(given)
+        kinds, wanted = KINDS.get(type(takes[name]), ((type(value),), ""))
+        if type(value) not in kinds:
+            raise ValueError(f"{option}: {name} must be {wanted}; got {value!r}")
+        settings[name] = float(value) if isinstance(takes[name], float) else value
+    return settings
+
+
+def _is_setting(parameter: inspect.Parameter) -> bool:
+    """Whether a parameter has a default to change; what a model returns follows from the loss."""
+    return parameter.default is not parameter.empty and not parameter.name.startswith("return_")
+
+
+def _data(options: argparse.Namespace) -> tuple[Tensor, tuple[int, ...]]:
+    """The series [time, variable] that the options name, and how many rows of it to train, validate and test on."""
+    if options.ett is not None:
+        return load_csv(download_ett(options.ett)).values, options.split or ETT_SPLIT
+    values = (load_auckland() if options.csv is None else load_csv(options.csv)).values
+    train, validation = len(values) * 7 // 10, len(values) // 10
+    return values, options.split or (train, validation, len(values) - train - validation)
+
+
+def _naive(test: Windows, period: int) -> dict[str, float]:
+    """The scores of repeating the last `period` steps of the variables to forecast."""
+    asked = slice(None) if test.endogenous is None else test.endogenous
+    return evaluate(lambda history: repeat_season(history[..., asked], test.horizon, period), test)._asdict()
+
+
+def _without_files(arguments: list[str]) -> list[str]:
+    """The command as one would repeat it elsewhere: without the options that name files of this machine."""
+    command, rest = ["mini-impl"], iter(arguments)
+    for argument in rest:
+        option, equals, _ = argument.partition("=")
+        if option.removeprefix("--") not in HERE or not option.startswith("--"):
+            command.append(argument)
+        elif not equals:
+            next(rest)  # its value
+    return command
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The command mini-impl, run as a user would."""
 
+import hashlib
 import json
 import math
 import re
@@ -9,22 +10,31 @@ import sys
 import pytest
 import torch
 
-from mini_impl.cli import main
+from mini_impl.cli import MODELS, main
+from mini_impl.forecasting import data
 from mini_impl.forecasting.baselines import repeat_last, repeat_season
 from mini_impl.forecasting.data import load_csv, prepare
 from mini_impl.forecasting.train import evaluate
 
+SMALL = {  # each model with settings so small that an epoch takes a moment
+    "dlinear": ["kernel_size=7"],
+    "patchtst": ["patch_length=12", "stride=12", "pad_end=false", "width=8", "heads=2", "layers=1", "dropout=0"],
+    "itransformer": ["width=8", "heads=2", "layers=1", "embedding=mlp", "feed_forward_width=8"],
+    "timesnet": ["periods=2", "width=4", "feed_forward_width=4", "layers=1", "kernels=2", "convolution=across"],
+    "timexer": ["patch_length=12", "width=8", "heads=2", "feed_forward_width=8", "variable_token=learned"],
+}
 QUICK = ["--history", "48", "--horizon", "12", "--epochs", "2", "--set", "kernel_size=7"]
 
 
 @pytest.fixture
 def csv(tmp_path):
-    """Two noisy daily waves with a time column."""
-    noise = torch.randn(600, 2, generator=torch.Generator().manual_seed(0))
-    lines = ["date,a,b"]
-    for hour, (one, two) in enumerate(noise.tolist()):
+    """Three noisy daily waves with a time column."""
+    noise = torch.randn(600, 3, generator=torch.Generator().manual_seed(0))
+    lines = ["date,a,b,c"]
+    for hour, (one, two, three) in enumerate(noise.tolist()):
         wave = math.sin(2 * math.pi * hour / 24)
-        lines.append(f"day {hour // 24} hour {hour % 24},{wave + 0.2 * one:.4f},{10 * wave + two:.4f}")
+        values = f"{wave + 0.2 * one:.4f},{10 * wave + two:.4f},{three - wave:.4f}"
+        lines.append(f"day {hour // 24} hour {hour % 24},{values}")
     path = tmp_path / "waves.csv"
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -40,7 +50,7 @@ def test_it_trains_tests_and_reports(csv, tmp_path, capsys, loss):
     arguments = ["forecast", "dlinear", "--csv", str(csv), "--split", "400,100,100", "--loss", loss, *QUICK]
     main([*arguments, "--json", str(out)])
     result = json.loads(out.read_text())
-    assert result["command"] == ["mini-impl", *arguments, "--json", str(out)]
+    assert result["command"] == ["mini-impl", *arguments]
     assert result["settings"]["loss"] == loss and result["settings"]["split"] == [400, 100, 100]
     assert result["settings"]["weight"] == ({"trend_weight": 1.0} if loss == "documented" else {})
     assert result["settings"]["set"] == {"kernel_size": 7}
@@ -51,6 +61,89 @@ def test_it_trains_tests_and_reports(csv, tmp_path, capsys, loss):
     assert result["test"]["last 24 steps again"] == evaluate(lambda h: repeat_season(h, 12, 24), test)._asdict()
     assert result["test"]["dlinear"]["mse"] < result["test"]["last value"]["mse"]
     assert f"{result['test']['dlinear']['mse']:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("loss", ["documented", "published"])
+@pytest.mark.parametrize("model", SMALL)
+def test_every_model_trains_with_both_losses(csv, tmp_path, model, loss):
+    settings = [part for setting in SMALL[model] for part in ("--set", setting)]
+    size = ["--history", "48", "--horizon", "12", "--epochs", "1", "--batch-size", "128"]
+    main(["forecast", model, "--csv", str(csv), *size, "--loss", loss, *settings, "--json", str(tmp_path / "out.json")])
+    result = json.loads((tmp_path / "out.json").read_text())
+    for setting in SMALL[model]:
+        name, value = setting.split("=")
+        assert json.dumps(result["settings"]["set"][name]).strip('"') in (value, f"{value}.0")
+    assert bool(result["settings"]["weight"]) == (loss == "documented")
+    assert not any(name.startswith("return_") for name in result["settings"]["set"])
+    assert 0 < result["test"][model]["mse"] < 10 and result["seconds"] >= 0
+    assert set(result["test"]) == {model, "last value", "last 24 steps again"}
+
+
+def test_every_model_of_the_command_has_small_settings_here():
+    assert set(SMALL) == set(MODELS)
+
+
+@pytest.mark.parametrize(("given", "columns"), [("1", [1]), ("-3", [0]), ("2,0", [2, 0])])
+def test_endogenous_variables_alone_are_forecast_and_compared(csv, tmp_path, given, columns):
+    settings = [part for setting in [*SMALL["timexer"], f"endogenous={given}"] for part in ("--set", setting)]
+    size = ["--history", "48", "--horizon", "12", "--epochs", "1", "--batch-size", "128"]
+    main(["forecast", "timexer", "--csv", str(csv), *size, *settings, "--json", str(tmp_path / "out.json")])
+    test = json.loads((tmp_path / "out.json").read_text())["test"]
+    *_, whole, _ = prepare(load_csv(csv).values, (420, 60, 120), 48, 12)
+    history, target = whole[:]
+    error = (repeat_season(history, 12, 24) - target)[..., columns]
+    assert test["last 24 steps again"]["mse"] == pytest.approx(error.square().mean().item(), rel=1e-5)
+    assert test["last value"]["mae"] == pytest.approx(
+        (repeat_last(history, 12) - target)[..., columns].abs().mean().item(), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(("model", "word"), [("patchtst", "reading=rows"), ("itransformer", "norm=spectral")])
+def test_words_of_the_loss(csv, tmp_path, model, word):
+    settings = [part for setting in SMALL[model] for part in ("--set", setting)]
+    arguments = ["forecast", model, "--csv", str(csv), "--history", "48", "--horizon", "12", "--epochs", "1", *settings]
+    results = []
+    for more in ([], ["--weight", word]):
+        main([*arguments, "--batch-size", "128", *more, "--json", str(tmp_path / "out.json")])
+        results.append(json.loads((tmp_path / "out.json").read_text()))
+    name, value = word.split("=")
+    assert results[0]["settings"]["weight"][name] != results[1]["settings"]["weight"][name] == value
+    assert results[0]["test"][model] != results[1]["test"][model]
+
+
+def test_the_result_holds_no_path_of_this_machine_but_the_data(csv, tmp_path):
+    out, checkpoint = tmp_path / "out.json", tmp_path / "run"
+    arguments = ["forecast", "dlinear", f"--checkpoint={checkpoint}", "--csv", str(csv), *QUICK, "--json", str(out)]
+    main(arguments)
+    result = json.loads(out.read_text())
+    assert result["command"] == ["mini-impl", "forecast", "dlinear", "--csv", str(csv), *QUICK]
+    assert {"checkpoint", "json"}.isdisjoint(result["settings"])
+    assert out.read_text().count(str(tmp_path)) == 2  # the series, in the command and in the settings
+
+
+@pytest.fixture
+def ett(tmp_path, monkeypatch):
+    """A short file in the place of ETTh1, where MINI_IMPL_DATA says."""
+    text = "date,HUFL,OT\n" + "".join(f"{hour},{hour % 24},{hour % 7}\n" for hour in range(700))
+    (tmp_path / "ETTh1.csv").write_text(text)
+    monkeypatch.setitem(data.ETT_SHA256, "ETTh1", hashlib.sha256(text.encode()).hexdigest())
+    monkeypatch.setenv("MINI_IMPL_DATA", str(tmp_path))
+
+
+def test_ett_by_name(ett, tmp_path, monkeypatch, capsys):
+    arguments = ["forecast", "dlinear", "--ett", "ETTh1", *QUICK, "--json", str(tmp_path / "out.json")]
+    with pytest.raises(SystemExit):  # the file here is too short for the usual split
+        main(arguments)
+    assert "lengths (8640, 2880, 2880) add up to 14400 rows; the series has 700" in capsys.readouterr().err
+    main([*arguments, "--split", "400,100,200"])
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["settings"]["ett"] == "ETTh1" and result["settings"]["csv"] is None
+    assert result["windows"] == {"train": 341, "validation": 89, "test": 189}
+    monkeypatch.setenv("MINI_IMPL_DATA", str(tmp_path / "elsewhere"))
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert re.fullmatch(r"mini-impl: MINI_IMPL_DATA is '.*', but there is no file .*\n", capsys.readouterr().err)
 
 
 def test_the_same_seed_gives_the_same_numbers_and_weights_matter(csv, tmp_path):
@@ -94,7 +187,18 @@ def test_without_a_csv_it_takes_the_embedded_series(tmp_path):
         (["--csv", "CSV", "--weight", "smoothness=1"], "documented_loss has no 'smoothness'; it takes trend_weight"),
         (["--csv", "CSV", "--loss", "published", "--weight", "trend_weight=1"], "it takes none"),
         (["--csv", "CSV", "--weight", "trend_weight=-1"], "trend_weight must be .*at least 0; got -1"),
-        (["--csv", "CSV", "--weight", "trend_weight"], "NAME=VALUE with a number"),
+        (["--csv", "CSV", "--weight", "trend_weight"], "NAME=VALUE such as trend_weight=0.5; got 'trend_weight'"),
+        (["--csv", "CSV", "--weight", "trend_weight=much"], "--weight: trend_weight must be a number; got 'much'"),
+        (["--csv", "CSV", "--weight", "trend_weight=true"], "--weight: trend_weight must be a number; got True"),
+        (["--csv", "CSV", "--weight", "trend_weight=1,2"], r"trend_weight must be a number; got \(1, 2\)"),
+        (["--csv", "CSV", "--weight", "trend_weight=nan"], "trend_weight must be a finite number"),
+        (["--csv", "CSV", "--set", "kernel_size=7.5"], "--set: kernel_size must be a whole number; got 7.5"),
+        (["--csv", "CSV", "--set", "kernel_size=a b"], "NAME=VALUE such as trend_weight=0.5; got 'kernel_size=a b'"),
+        (["--csv", "CSV", "--set", "kernel_size="], "NAME=VALUE such as trend_weight=0.5; got 'kernel_size='"),
+        (["--csv", "CSV", "--set", "endogenous=0"], "DLinear has no 'endogenous'; it takes kernel_size"),
+        (["--csv", "CSV", "--ett", "ETTh1"], "argument --ett: not allowed with argument --csv"),
+        (["--ett", "ETTm1"], "invalid choice: 'ETTm1'"),
+        (["--csv", "CSV", "--chec", "run"], "unrecognized arguments: --chec run"),
         (["--csv", "CSV", "--set", "kernel_size=4"], "kernel_size must be odd"),
         (["--csv", "CSV", "--set", "size=4"], "DLinear has no 'size'; it takes kernel_size"),
         (["--csv", "CSV", "--device", "abacus"], "device: 'abacus' cannot be used here"),
@@ -114,6 +218,30 @@ def test_what_is_wrong_is_one_sentence(csv, capsys, arguments, says):
     assert stop.value.code == 2
     last_line = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(says, last_line), last_line
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "says"),
+    [
+        ("patchtst", ["--set", "pad_end=3"], "--set: pad_end must be true or false; got 3"),
+        ("patchtst", ["--set", "return_attention=true"], "PatchTST has no 'return_attention'; it takes patch_length"),
+        ("patchtst", ["--weight", "reading=2"], "--weight: reading must be a word; got 2"),
+        ("patchtst", ["--weight", "reading=columns"], "reading must be one of 'received', 'rows'; got 'columns'"),
+        ("itransformer", ["--set", "width=9"], "width must be a multiple of heads; got 9 and 8"),
+        ("timesnet", ["--set", "variables=3"], "TimesNet has no 'variables'; it takes periods"),
+        ("timesnet", ["--set", "convolution=round"], "convolution must be one of 'within', 'across', 'inception'"),
+        ("timexer", ["--set", "endogenous=3"], "endogenous must be an index from -3 to 2, or several that differ; got"),
+        ("timexer", ["--set", "endogenous=1,1"], r"several that differ; got \(1, 1\)"),
+        ("timexer", ["--set", "endogenous=true"], "endogenous must be an index .*; got True"),
+        ("timexer", ["--set", "endogenous=all"], "endogenous must be an index .*; got 'all'"),
+    ],
+)
+def test_what_is_wrong_with_a_setting_is_one_sentence(csv, capsys, model, more, says):
+    with pytest.raises(SystemExit) as stop:
+        main(["forecast", model, "--csv", str(csv), "--history", "48", "--horizon", "12", "--epochs", "1", *more])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(rf"mini-impl: .*{says}.*\n", said), said
 
 
 def test_unknown_models_and_help():
