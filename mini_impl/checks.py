@@ -234,3 +234,14 @@ def returned(name: str, value, setting: str) -> None:
     """Raise ValueError if a model's extra output is None, as it is unless the model was made with a setting."""
     if value is None:
         raise ValueError(f"{name} is None: make the model with {setting}, so that it returns what this loss needs")
+
+
+def frequency_features(value, target: Tensor) -> None:
+    """Raise unless TimesNet's extra output was asked for and has the windows and steps of the target."""
+    returned("output.frequency_features", value, "return_frequency_features=True")
+    tensor("output.frequency_features", value, "batch", "horizon", "period", "feature", finite=False)
+    if value.shape[:2] != target.shape[:2]:
+        raise ValueError(
+            "output.frequency_features and target must have the same windows and steps, their first two axes; "
+            f"got {list(value.shape)} and {list(target.shape)}"
+        )

@@ -26,8 +26,14 @@ def dominant_periods(series: Tensor, k: int, per_window: bool = False) -> tuple[
     Source: documented TimesBlock, step 1; the paper, equations 1 and 2.
     """
     checks.tensor("series", series, "batch", "time", "variable")
-    batch, time, _ = series.shape
+    time = series.shape[1]
     checks.integer("k", k, most=time // 2, why=f"the frequencies of {time} time steps")
+    return _strongest(series, k, per_window)
+
+
+def _strongest(series: Tensor, k: int, per_window: bool) -> tuple[Tensor, Tensor]:
+    """dominant_periods unchecked: features that are NaN, as when training diverges, are for the loss to name."""
+    batch, time, _ = series.shape
     amplitude = torch.fft.rfft(series, dim=1).abs().mean(2)[:, 1:]  # [batch, frequency], without 0, the mean
     strength = amplitude if per_window else amplitude.mean(0)
     strongest = strength.topk(k).indices  # [batch, k] or [k]
@@ -39,9 +45,10 @@ def fold(series: Tensor, period: int) -> Tensor:
 
     Source: documented TimesBlock, step 1; the paper, equation 3.
     """
-    rows = -(-series.shape[1] // period)
-    padded = F.pad(series, (0, 0, 0, rows * period - series.shape[1]))
-    return padded.unflatten(1, (rows, period)).permute(0, 3, 1, 2)  # no copy: convolutions take width as last in memory
+    missing = -series.shape[1] % period
+    if missing:  # without, the plane is a view of the series
+        series = F.pad(series, (0, 0, 0, missing))
+    return series.unflatten(1, (-1, period)).permute(0, 3, 1, 2)  # convolutions take width as last in memory
 
 
 def unfold(plane: Tensor, time: int) -> Tensor:
@@ -109,7 +116,7 @@ class TimesBlock(nn.Module):
 
     def forward(self, features: Tensor, return_branches: bool = False) -> tuple[Tensor, Tensor | None]:
         time = features.shape[1]
-        periods, amplitudes = dominant_periods(features, self.periods, self.per_window)
+        periods, amplitudes = _strongest(features, self.periods, self.per_window)
         weights = amplitudes.softmax(-1)  # [batch, k]
         widen, narrow = self.widen.merged(), self.narrow.merged()
         total = torch.zeros_like(features)
@@ -217,7 +224,7 @@ def documented_loss(
     Terms: "forecast" and "smoothness". Raises TypeError, ValueError. Source: the documented loss.
     """
     checks.forecast(output, target)
-    checks.returned("output.frequency_features", output.frequency_features, "return_frequency_features=True")
+    checks.frequency_features(output.frequency_features, target)
     checks.number("forecast_weight", forecast_weight, least=0)
     checks.number("smoothness_weight", smoothness_weight, least=0)
     windows_and_steps = target.shape[0] * target.shape[1]
