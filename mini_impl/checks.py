@@ -209,10 +209,12 @@ def exogenous(history: Tensor, value, mask, in_history: int) -> None:
     if mask is None:
         all_finite("exogenous", value)
         return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != value.shape:
-        got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+    wanted = (torch.bool, value.shape, value.device)
+    if not isinstance(mask, Tensor) or (mask.dtype, mask.shape, mask.device) != wanted:
+        got = f"{mask.dtype} {list(mask.shape)} on {mask.device}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
-            f"exogenous_mask must be a bool tensor of the shape of exogenous, {list(value.shape)}; got {got}"
+            f"exogenous_mask must be a bool tensor of the shape of exogenous, {list(value.shape)}, on {value.device}; "
+            f"got {got}"
         )
     all_finite("exogenous, where exogenous_mask is True,", value.where(mask, 0))
     if not in_history and not (some := mask.any(2).any(1)).all():

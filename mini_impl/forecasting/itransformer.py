@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mini_impl import checks
-from mini_impl.forecasting.layers import EncoderBlock, denormalise, normalise
+from mini_impl.forecasting.layers import Dropout, EncoderBlock, denormalise, normalise
 from mini_impl.losses import LossTerms, orthogonality
 
 
@@ -52,7 +52,7 @@ class ITransformer(nn.Module):
         checks.choice("embedding", embedding, ("linear", "mlp"))
         if embedding == "mlp":
             self.embedding = nn.Sequential(self.embedding, nn.GELU(), nn.Linear(width, width))
-        self.dropout = nn.Dropout(checks.fraction("dropout", dropout))
+        self.dropout = Dropout(dropout)
         checks.integer("feed_forward_width", feed_forward_width)
         self.blocks = nn.ModuleList(
             EncoderBlock(width, heads, feed_forward_width, dropout) for _ in range(checks.integer("layers", layers))

@@ -125,6 +125,27 @@ def sinusoids(length: int, width: int, dtype: torch.dtype, device: torch.device)
 # --- the transformer's parts ------------------------------------------------------------------------------------------
 
 
+class Dropout(nn.Module):
+    """In training set each entry to 0 with probability `rate`, and divide the others by the share that is kept.
+
+    As nn.Dropout, but on the CPU in under half the time, which was a quarter of a training step: 16 random bits decide
+    on an entry, not a whole random number. So the probability is rate rounded to a multiple of 1/65536.
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = checks.fraction("dropout", rate)
+
+    def forward(self, values: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return values
+        count = min(round(self.rate * 65536), 65535)
+        words = torch.empty((values.numel() + 3) // 4, dtype=torch.int64, device=values.device)
+        bits = words.random_(-(2**63), None).view(torch.int16)[: values.numel()].view(values.shape)
+        kept = torch.ge(bits, count - 32768, out=torch.empty_like(values))  # 1 with probability 1 - count / 65536
+        return values * kept.mul_(65536 / (65536 - count))
+
+
 class Attention(nn.Module):
     """softmax(Q K' / sqrt(d)) V in several heads of d = width / heads features each.
 
@@ -174,7 +195,7 @@ class Attention(nn.Module):
 
 def feed_forward(width: int, hidden: int, dropout: float) -> nn.Sequential:
     """Two linear maps with GELU between them, applied to each token alone: width -> hidden -> width."""
-    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, width))
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), Dropout(dropout), nn.Linear(hidden, width))
 
 
 class EncoderBlock(nn.Module):
@@ -190,7 +211,7 @@ class EncoderBlock(nn.Module):
         self.attention_norm = norm(width)
         self.feed_forward = feed_forward(width, feed_forward_width, dropout)
         self.feed_forward_norm = norm(width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, tokens: Tensor, return_map: bool = False) -> tuple[Tensor, Tensor | None]:
         mixed, attention_map = self.attention(tokens, return_map=return_map)

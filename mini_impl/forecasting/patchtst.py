@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mini_impl import checks
 from mini_impl.forecasting.data import Windows
-from mini_impl.forecasting.layers import EncoderBlock, denormalise, normalise, patches
+from mini_impl.forecasting.layers import Dropout, EncoderBlock, denormalise, normalise, patches
 from mini_impl.losses import LossTerms, kl_from_uniform
 
 
@@ -52,7 +52,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.embedding = nn.Linear(patch_length, checks.integer("width", width))
         self.position = nn.Parameter(torch.empty(patch_count, width).uniform_(-0.02, 0.02))
-        self.dropout = nn.Dropout(checks.fraction("dropout", dropout))
+        self.dropout = Dropout(dropout)
         checks.integer("feed_forward_width", feed_forward_width)
         self.blocks = nn.ModuleList(
             EncoderBlock(width, heads, feed_forward_width, dropout, norm=BatchNorm)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mini_impl import checks
-from mini_impl.forecasting.layers import denormalise, normalise, sinusoids
+from mini_impl.forecasting.layers import Dropout, denormalise, normalise, sinusoids
 from mini_impl.losses import LossTerms
 
 
@@ -187,7 +187,7 @@ class TimesNet(nn.Module):
             bias=False,
         )
         nn.init.kaiming_normal_(self.embedding.weight, nonlinearity="leaky_relu")
-        self.dropout = nn.Dropout(checks.fraction("dropout", dropout))
+        self.dropout = Dropout(dropout)
         self.extension = nn.Linear(history, time)
         self.blocks = nn.ModuleList(
             TimesBlock(width, feed_forward_width, periods, kernels, convolution, per_window)

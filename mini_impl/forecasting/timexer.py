@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mini_impl import checks
-from mini_impl.forecasting.layers import Attention, denormalise, feed_forward, normalise, patches, sinusoids
+from mini_impl.forecasting.layers import Attention, Dropout, denormalise, feed_forward, normalise, patches, sinusoids
 from mini_impl.losses import LossTerms, orthogonality
 
 
@@ -33,7 +33,7 @@ class Layer(nn.Module):
         self.cross_norm = nn.LayerNorm(width)
         self.feed_forward = feed_forward(width, feed_forward_width, dropout)
         self.feed_forward_norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self, tokens: Tensor, exogenous: Tensor, present: Tensor | None, return_map: bool
@@ -112,7 +112,7 @@ class TimeXer(nn.Module):
         else:
             self.variable_token = nn.Parameter(torch.randn(len(self.endogenous), 1, width))
         self.exogenous_embedding = nn.Linear(history, width)
-        self.dropout = nn.Dropout(checks.fraction("dropout", dropout))
+        self.dropout = Dropout(dropout)
         checks.integer("feed_forward_width", feed_forward_width)
         self.layers = nn.ModuleList(
             Layer(width, heads, feed_forward_width, dropout) for _ in range(checks.integer("layers", layers))
@@ -141,10 +141,11 @@ class TimeXer(nn.Module):
         present = None
         if exogenous is not None:
             observed = torch.ones_like(exogenous, dtype=torch.bool) if observed is None else observed
-            more, _, _ = normalise(exogenous, observed)
+            some = observed.any(1, keepdim=True)  # [batch, 1, variable]; a series without any value counts as constant
+            more, _, _ = normalise(exogenous.where(some, 0), observed | ~some)
             more = F.pad(more, (0, 0, self.history - exogenous.shape[1], 0))  # 0 is the mean
             there = scaled.new_ones(len(scaled), scaled.shape[2], dtype=torch.bool)
-            present = torch.cat([there, observed.any(1)], dim=1)
+            present = torch.cat([there, some[:, 0]], dim=1)
             scaled = torch.cat([scaled, more], dim=2)
         return self.dropout(self.exogenous_embedding(scaled.mT)), present
 
@@ -154,16 +155,16 @@ class TimeXer(nn.Module):
         scaled, mean, std = normalise(history)
         tokens = self.embed(scaled[..., self.endogenous])  # [batch, endogenous, patch + 1, width]
         others, present = self.embed_exogenous(scaled[..., self.exogenous], exogenous, exogenous_mask)
+        return_maps = self.return_attention and self.attention_form == "maps"
         maps = []
         for layer in self.layers:
-            tokens, attention = layer(tokens, others, present, self.return_attention and self.attention_form == "maps")
+            tokens, attention = layer(tokens, others, present, return_maps)
             maps.append(attention)
         forecast = self.head(self.norm(tokens).flatten(2))  # [batch, endogenous, horizon]
+        matrices = maps if self.attention_form == "maps" else self.projections()
         return Output(
             prediction=denormalise(forecast.mT, mean[..., self.endogenous], std[..., self.endogenous]),
-            cross_attention=tuple(maps if self.attention_form == "maps" else self.projections())
-            if self.return_attention
-            else None,
+            cross_attention=tuple(matrices) if self.return_attention else None,
         )
 
     def projections(self) -> list[Tensor]:
