@@ -8,7 +8,7 @@ ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 fail = { echo "$(1)" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help book test check notebooks results serve bench golden constraints clean distclean
+.PHONY: help book test check notebooks reproduce serve bench golden constraints clean distclean
 .NOTPARALLEL:
 
 help: ## list these commands
@@ -35,7 +35,7 @@ check: .venv/test ## the checks that take seconds: style, set-up, and whether th
 notebooks: .venv/book ## make the notebooks from book/src and run those that changed (ALL=1: run all)
 	.venv/bin/python book/tools/notebooks.py $(if $(ALL),--all)
 
-results: .venv/book ## compute the long runs in book/results again (needs ETTh1: a network or MINI_IMPL_DATA)
+reproduce: .venv/book ## compute the figures in book/results again, or go on with it (needs ETTh1: a network or MINI_IMPL_DATA)
 	for script in book/experiments/*.py; do $(ONE_THREAD) .venv/bin/python $$script || exit 1; done
 
 serve: ## show the built site on 127.0.0.1 (PORT=8000)
@@ -56,7 +56,7 @@ constraints: .venv/made ## write constraints.txt again: the newest versions of e
 	  | grep -Ev '^(nvidia|cuda|triton)' | sed 's/+.*//' | LC_ALL=C sort --ignore-case; } > _build/constraints.txt
 	mv _build/constraints.txt constraints.txt
 
-clean: ## remove the built site
+clean: ## remove the built site and what make reproduce would go on from
 	rm -rf _build
 
 distclean: clean ## remove the set-up too

@@ -280,6 +280,16 @@ def test_a_ready_project_only_tests(project):
     assert project.calls()[4].endswith(" book/en book/zh")
 
 
+def test_reproduce_runs_every_experiment_with_one_thread(project):
+    project.set_up()
+    (project.folder / "book" / "experiments").mkdir()
+    for name in ("one", "two"):
+        text = "import os; print(os.environ['OMP_NUM_THREADS'], os.environ['MKL_NUM_THREADS'])"
+        (project.folder / "book" / "experiments" / f"{name}.py").write_text(text)
+    assert project.make("reproduce").stdout.splitlines()[-2:] == ["1 1", "1 1"]
+    assert project.calls() == ["python book/experiments/one.py", "python book/experiments/two.py"]
+
+
 @pytest.mark.parametrize("file", ["pyproject.toml", "constraints.txt"])
 def test_new_versions_are_installed(project, file):
     project.set_up()
@@ -345,7 +355,7 @@ FORECASTS = [command for command in COMMANDS if "mini-impl" in command]
 
 def test_both_languages_give_the_same_commands():
     assert commands(CHINESE) == [command.replace("book/en/", "book/zh/") for command in commands(ENGLISH)]
-    assert len(FORECASTS) == 2
+    assert len(FORECASTS) == 3
     assert len(re.findall("^### ", ENGLISH, re.M)) == len(re.findall("^### ", CHINESE, re.M))
 
 

@@ -1,4 +1,4 @@
-"""The long runs of the chapter `dlinear`; `make results` runs this, which writes book/results/dlinear.json.
+"""The long runs of the chapter `dlinear`; `make reproduce` runs this, which writes book/results/dlinear.json.
 
 Needs ETTh1.csv: downloaded, or where the environment variable MINI_IMPL_DATA says. About 15 minutes on one core.
 
