@@ -115,7 +115,7 @@ def patches(time: int, patch_length, stride) -> None:
 
 def visible_patches(patch_count: int, mask_ratio) -> int:
     """Return how many of the patches a mask leaves visible. Raises TypeError, ValueError if that is none or all."""
-    visible = int(patch_count * (1 - fraction("mask_ratio", mask_ratio)))
+    visible = int(patch_count * (1 - fraction("mask_ratio", mask_ratio)) + 1e-9)  # 5 * (1 - 0.8) = 0.9999..., not 1
     if not 0 < visible < patch_count:
         raise ValueError(
             f"mask_ratio must leave some of the {patch_count} patches visible and hide some; "

@@ -127,7 +127,9 @@ class PatchTST(nn.Module):
         return Output(prediction=denormalise(forecast, mean, std), attention=attention)
 
     @classmethod
-    def from_masked(cls, masked: "MaskedPatchTST", horizon: int, linear_probe: bool = False) -> "PatchTST":
+    def from_masked(
+        cls, masked: "MaskedPatchTST", horizon: int, linear_probe: bool = False, return_attention: bool = False
+    ) -> "PatchTST":
         """A forecaster with a copy of a pre-trained encoder and a new head.
 
         linear_probe: train the head alone; the encoder's weights then need no gradient. Otherwise all is trained on.
@@ -136,7 +138,8 @@ class PatchTST(nn.Module):
         if not isinstance(masked, MaskedPatchTST):
             raise TypeError(f"masked must be a MaskedPatchTST; got {type(masked).__name__}")
         length, width = masked.patch_length, masked.encoder.embedding.out_features
-        model = cls(masked.history, horizon, length, stride=length, pad_end=False, width=width, heads=1, layers=1)
+        sizes = {"patch_length": length, "stride": length, "width": width, "heads": 1, "layers": 1}
+        model = cls(masked.history, horizon, pad_end=False, return_attention=return_attention, **sizes)
         model.encoder = copy.deepcopy(masked.encoder).requires_grad_(not linear_probe)  # in place of the one just made
         return model.to(masked.head.weight)
 
@@ -239,6 +242,8 @@ def masked_loss(output: MaskedOutput, target: Tensor | None = None) -> LossTerms
     output: of MaskedPatchTST. target: not used; with it `fit` can call this like any other loss.
     Term: "reconstruction". Raises TypeError, ValueError. Source: the paper, section 3.2.
     """
+    if not isinstance(output, MaskedOutput):
+        raise TypeError(f"output must be what a MaskedPatchTST returned; got {type(output).__name__}")
     checks.alike("output.reconstruction", output.reconstruction, "output.patches", output.patches)
     error = (output.reconstruction - output.patches).square().mean(-1)  # [batch, variable, patch]
     return LossTerms.of(reconstruction=error[output.mask].mean())
@@ -249,8 +254,7 @@ def masked_score(model: MaskedPatchTST, windows: Windows, seed: int = 0, batch_s
 
     Raises TypeError, ValueError.
     """
-    training = model.training
-    model.eval()
+    model = copy.deepcopy(model).eval()  # the model itself stays in the mode that it is in
     generator = torch.Generator().manual_seed(checks.integer("seed", seed, least=0))
     total = 0.0
     with torch.no_grad():
@@ -258,5 +262,4 @@ def masked_score(model: MaskedPatchTST, windows: Windows, seed: int = 0, batch_s
             history, _ = windows[start : start + batch_size]
             history = history.to(model.head.weight)
             total += masked_loss(model(history, generator)).total.item() * len(history)  # as many masked in each window
-    model.train(training)
     return total / len(windows)

@@ -1,0 +1,446 @@
+"""What several forecasters share: by hand, against float64 arithmetic written apart, and against torch's own modules.
+
+The averages over time are tested with DLinear, in test_dlinear.py.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from mini_impl.forecasting.layers import (
+    Attention,
+    Dropout,
+    EncoderBlock,
+    denormalise,
+    feed_forward,
+    normalise,
+    patches,
+    sinusoids,
+)
+
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+CPU = torch.device("cpu")
+
+
+def random(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def seeded(make, seed=0):
+    torch.manual_seed(seed)
+    return make().double()
+
+
+# --- normalise --------------------------------------------------------------------------------------------------------
+
+
+def test_normalise_by_hand():
+    series = torch.tensor([1.0, 3.0, 1.0, 3.0], dtype=torch.float64).view(1, 4, 1)  # mean 2, variance 1
+    scaled, mean, std = normalise(series)
+    assert mean.shape == std.shape == (1, 1, 1)
+    assert mean.item() == 2 and std.item() == math.sqrt(1 + 1e-5)
+    torch.testing.assert_close(scaled.flatten() * math.sqrt(1.00001), torch.tensor([-1.0, 1, -1, 1]).double())
+
+
+shapes = st.tuples(st.integers(1, 4), st.integers(1, 12), st.integers(1, 3))
+
+
+@given(shapes, st.floats(-100, 100), st.floats(0, 100), st.integers(0, 10**6))
+def test_normalise_against_numpy_and_back(shape, level, spread, seed):
+    series = level + spread * random(*shape, seed=seed)
+    scaled, mean, std = normalise(series)
+    x = series.numpy()
+    np.testing.assert_allclose(mean.numpy(), x.mean(1, keepdims=True), rtol=1e-12, atol=1e-10)
+    np.testing.assert_allclose(std.numpy(), np.sqrt(x.var(1, keepdims=True) + 1e-5), rtol=1e-9)
+    np.testing.assert_allclose(scaled.numpy() * std.numpy() + x.mean(1, keepdims=True), x, rtol=1e-12, atol=1e-10)
+    assert scaled.mean(1).abs().max() < 1e-8
+    assert scaled.square().mean(1).max() < 1  # the 1e-5 makes it less
+    torch.testing.assert_close(denormalise(scaled, mean, std), series, rtol=1e-12, atol=1e-10)
+
+
+@given(shapes, st.integers(0, 10**6))
+def test_what_is_not_observed_counts_nowhere(shape, seed):
+    batch, time, variables = shape
+    series = random(*shape, seed=seed)
+    observed = random(*shape, seed=seed + 1) > 0
+    observed[:, seed % time] = True  # at least one step of every variable is there
+    holes = series.where(observed, math.nan)
+    scaled, mean, std = normalise(holes, observed)
+    for window in range(batch):
+        for variable in range(variables):
+            there = observed[window, :, variable]
+            alone = series[window, there, variable].view(1, -1, 1)
+            expected, level, deviation = normalise(alone)
+            torch.testing.assert_close(scaled[window, there, variable], expected.flatten())
+            torch.testing.assert_close(mean[window, 0, variable], level[0, 0, 0])
+            torch.testing.assert_close(std[window, 0, variable], deviation[0, 0, 0])
+            assert not scaled[window, ~there, variable].any()  # missing values become 0
+
+
+def test_all_observed_is_the_plain_one():
+    series = random(3, 10, 2)
+    whole = torch.ones_like(series, dtype=torch.bool)
+    for masked, plain in zip(normalise(series, whole), normalise(series), strict=True):
+        torch.testing.assert_close(masked, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("level", [0.0, 7.3, -1e6])
+def test_a_constant_becomes_zero_with_a_finite_gradient(level):
+    series = torch.full((2, 24, 3), level, requires_grad=True)
+    scaled, mean, std = normalise(series)
+    assert not scaled.any() and torch.equal(denormalise(scaled, mean, std), series)
+    scaled.square().sum().backward()
+    assert series.grad.isfinite().all()
+
+
+def test_gradients_of_normalise():
+    series = random(2, 5, 2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: normalise(x), (series,))
+    observed = random(2, 5, 2, seed=1) > -0.5
+    assert observed.any(1).all() and not observed.all()
+    assert torch.autograd.gradcheck(lambda x: normalise(x, observed), (series,))
+    holes = series.detach().where(observed, math.nan).requires_grad_()
+    normalise(holes, observed)[0].square().sum().backward()
+    assert not holes.grad[~observed].any() and holes.grad.isfinite().all()
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def test_patches_by_hand():
+    series = torch.arange(7.0)
+    assert patches(series, 3, 2).tolist() == [[0, 1, 2], [2, 3, 4], [4, 5, 6]]
+    assert patches(series, 7, 1).tolist() == [series.tolist()]
+    assert patches(series, 7, 7).tolist() == [series.tolist()]
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 5), st.integers(0, 10**6))
+def test_patches_cover_every_step(length, stride, steps, seed):
+    stride = min(stride, length)
+    series = random(2, 3, length + steps * stride, seed=seed)
+    pieces = patches(series, length, stride)
+    assert pieces.shape == (2, 3, steps + 1, length)
+    assert pieces.untyped_storage().data_ptr() == series.untyped_storage().data_ptr()  # a view, no copy
+    for number in range(steps + 1):
+        assert torch.equal(pieces[:, :, number], series[:, :, number * stride : number * stride + length])
+    tiles = patches(series[..., : length * (series.shape[-1] // length)], length, length)
+    assert torch.equal(tiles.flatten(-2), series[..., : tiles.shape[-2] * length])  # without overlap they tile it
+
+
+def test_sinusoids_by_hand():
+    waves = sinusoids(3, 4, torch.float64, CPU)
+    expected = [[math.sin(t), math.cos(t), math.sin(t / 100), math.cos(t / 100)] for t in range(3)]
+    torch.testing.assert_close(waves, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-15)
+
+
+@given(st.integers(1, 40), st.integers(1, 17))
+def test_sinusoids_against_numpy(length, width):
+    expected = np.zeros((length, width))
+    for feature in range(width):
+        angle = np.arange(length) / 10000 ** (feature // 2 * 2 / width)
+        expected[:, feature] = np.cos(angle) if feature % 2 else np.sin(angle)
+    np.testing.assert_allclose(sinusoids(length, width, torch.float64, CPU).numpy(), expected, rtol=0, atol=1e-12)
+    rounded = sinusoids(length, width, torch.float32, CPU)  # computed in float64, then rounded
+    assert torch.equal(rounded, sinusoids(length, width, torch.float64, CPU).float())
+
+
+def test_sinusoids_first_met_in_inference_serve_in_training():
+    with torch.inference_mode():
+        waves = sinusoids(11, 5, torch.float64, CPU)
+    assert sinusoids(11, 5, torch.float64, CPU) is waves  # made once
+    tokens = random(11, 5).requires_grad_()
+    (tokens * waves).sum().backward()
+    torch.testing.assert_close(tokens.grad, waves)
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+def numpy_attention(module, tokens, context=None, present=None):
+    """Window by window, head by head, from the definition."""
+    weight, bias = module.projection.weight.detach().numpy(), module.projection.bias.detach().numpy()
+    tokens = tokens.detach().numpy()
+    context = tokens if context is None else context.detach().numpy()
+    width, d = tokens.shape[-1], tokens.shape[-1] // module.heads
+    mixed, maps = np.zeros_like(tokens), []
+    for window in range(len(tokens)):
+        for head in range(module.heads):
+            rows = [slice(part * width + head * d, part * width + (head + 1) * d) for part in range(3)]
+            query = tokens[window] @ weight[rows[0]].T + bias[rows[0]]
+            key, value = (context[window] @ weight[row].T + bias[row] for row in rows[1:])
+            scores = np.exp(query @ key.T / d**0.5)
+            if present is not None:
+                scores = scores * present[window].numpy()
+            maps.append(scores / scores.sum(1, keepdims=True))
+            mixed[window, :, head * d : (head + 1) * d] = maps[-1] @ value
+    mixed = mixed @ module.output.weight.detach().numpy().T + module.output.bias.detach().numpy()
+    return mixed, np.reshape(maps, (len(tokens), module.heads, tokens.shape[1], context.shape[1]))
+
+
+cases = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3))
+
+
+@given(cases, st.booleans(), st.booleans(), st.integers(0, 10**6))
+def test_attention_against_numpy(case, crossed, masked, seed):
+    batch, queries, keys, heads, features = case
+    attention = seeded(lambda: Attention(heads * features, heads), seed)
+    tokens = 2 * random(batch, queries, heads * features, seed=seed)
+    context = 2 * random(batch, keys, heads * features, seed=seed + 1) if crossed else None
+    present = None
+    if masked:
+        present = random(batch, keys if crossed else queries, seed=seed + 2) > 0
+        present[:, seed % present.shape[1]] = True
+    expected, expected_map = numpy_attention(attention, tokens, context, present)
+    mixed, weights = attention(tokens, context, present, return_map=True)
+    np.testing.assert_allclose(mixed.detach().numpy(), expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(weights.detach().numpy(), expected_map, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+    fused, no_map = attention(tokens, context, present)
+    assert no_map is None
+    np.testing.assert_allclose(fused.detach().numpy(), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("crossed", [False, True])
+def test_attention_against_torch(crossed):
+    ours, theirs = seeded(lambda: Attention(12, 3)), nn.MultiheadAttention(12, 3, batch_first=True).double()
+    nn.init.normal_(ours.projection.bias)
+    theirs.in_proj_weight.data, theirs.in_proj_bias.data = ours.projection.weight.data, ours.projection.bias.data
+    theirs.out_proj.load_state_dict(ours.output.state_dict())
+    tokens, context = random(4, 5, 12), random(4, 7, 12, seed=1)
+    present = random(4, 7 if crossed else 5, seed=2) > -0.5
+    assert present.any(1).all() and not present.all()
+    keys = context if crossed else tokens
+    for there in (None, present):
+        expected, expected_map = theirs(
+            tokens, keys, keys, None if there is None else ~there, average_attn_weights=False
+        )
+        mixed, weights = ours(tokens, context if crossed else None, there, return_map=True)
+        torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-13)
+        torch.testing.assert_close(weights, expected_map, rtol=0, atol=1e-13)
+
+
+def test_with_and_without_the_map_gradients_agree():
+    attention, tokens = seeded(lambda: Attention(8, 2)), random(3, 4, 8).requires_grad_()
+    present = torch.tensor([[True, True, False, True]] * 3)
+    gradients = []
+    for return_map in (False, True):
+        loss = attention(tokens, present=present, return_map=return_map)[0].square().sum()
+        gradients.append(torch.autograd.grad(loss, [tokens, *attention.parameters()]))
+    for fused, plain in zip(*gradients, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("return_map", [False, True])
+def test_gradients_of_attention(return_map):
+    attention = seeded(lambda: Attention(4, 2))
+    tokens, context = random(2, 2, 4).requires_grad_(), random(2, 3, 4, seed=1).requires_grad_()
+    present = torch.tensor([[True, False, True], [True, True, True]])
+    weight, bias = attention.projection.weight, attention.projection.bias
+
+    def run(tokens, context, weight, bias):
+        values = {"projection.weight": weight, "projection.bias": bias}
+        mixed, weights = torch.func.functional_call(attention, values, (tokens, context, present, return_map))
+        return (mixed, weights) if return_map else mixed
+
+    assert torch.autograd.gradcheck(run, (tokens, context, weight, bias))
+
+
+@pytest.mark.parametrize("return_map", [False, True])
+def test_an_absent_key_changes_nothing(return_map):
+    attention = seeded(lambda: Attention(8, 2))
+    tokens, context = random(2, 3, 8), random(2, 5, 8, seed=1)
+    present = torch.tensor([[True, True, False, True, False], [True] * 5])
+    other = context.clone()
+    other[0, 2], other[0, 4] = 1e3, -1e3
+    mixed, weights = attention(tokens, context, present, return_map)
+    again, _ = attention(tokens, other, present, return_map)
+    assert torch.equal(mixed, again)
+    without, _ = attention(tokens[:1], context[:1, present[0]], None, return_map)
+    torch.testing.assert_close(mixed[:1], without, rtol=1e-12, atol=1e-12)  # as if they were not there at all
+    if return_map:
+        assert not weights[0, ..., ~present[0]].any()
+    everyone, _ = attention(tokens, context, torch.ones_like(present), return_map)
+    torch.testing.assert_close(everyone, attention(tokens, context)[0], rtol=1e-12, atol=1e-12)
+
+
+def test_attention_has_no_order():
+    """Tokens in another order come out in that order; the order of the context is never seen."""
+    attention, order = seeded(lambda: Attention(6, 3)), torch.tensor([3, 0, 4, 1, 2])
+    tokens, context = random(2, 5, 6), random(2, 5, 6, seed=1)
+    mixed, weights = attention(tokens, return_map=True)
+    moved, moved_map = attention(tokens[:, order], return_map=True)
+    torch.testing.assert_close(moved, mixed[:, order], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(moved_map, weights[:, :, order][..., order], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(attention(tokens, context[:, order])[0], attention(tokens, context)[0])
+
+
+def test_equal_tokens_share_the_attention_equally():
+    attention = seeded(lambda: Attention(6, 2))
+    _, weights = attention(random(1, 1, 6).expand(2, 5, 6), return_map=True)
+    torch.testing.assert_close(weights, torch.full_like(weights, 1 / 5))
+
+
+# --- the block --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3, 0.5, 0.9])
+def test_dropout_drops_its_share_and_keeps_the_mean(rate):
+    torch.manual_seed(0)
+    values = random(1003, 401).requires_grad_()  # an odd number of entries
+    dropped = Dropout(rate)(values)
+    zero = dropped == 0
+    share = zero.double().mean().item()
+    assert abs(share - rate) < 4 * (rate * (1 - rate) / values.numel()) ** 0.5 + 1 / 65536
+    torch.testing.assert_close(dropped[~zero], values[~zero] / (1 - rate), rtol=2e-4, atol=0)
+    ones = Dropout(rate)(torch.ones(1003, 401, dtype=torch.float64))
+    assert ones.mean().item() == pytest.approx(1, abs=4 * (rate / (1 - rate) / ones.numel()) ** 0.5)
+    (gradient,) = torch.autograd.grad(dropped.sum(), values)
+    torch.testing.assert_close(gradient * values, dropped)  # what was dropped has no gradient
+    # neighbours are dropped independently: those whose bits came from one random number, and those of two rows
+    for shift in (1, 2, 3, 401):
+        flat = zero.flatten().double()
+        correlation = np.corrcoef(flat[shift:].numpy(), flat[:-shift].numpy())[0, 1]
+        assert abs(correlation) < 4 / values.numel() ** 0.5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_dropout_of_every_dtype_shape_and_device(device, dtype):
+    if device == "mps" and dtype == torch.float64:
+        pytest.skip("has no float64")
+    for shape in [(), (1,), (5,), (2, 3, 7)]:
+        values = torch.ones(shape, dtype=dtype, device=device)
+        dropped = Dropout(0.5)(values)
+        assert dropped.shape == values.shape and dropped.dtype == dtype and dropped.device.type == device
+        assert ((dropped == 0) | (dropped == 2)).all()
+    transposed = random(4, 6).mT
+    assert Dropout(0.0)(transposed) is transposed and Dropout(0.5).eval()(transposed) is transposed
+    kept = Dropout(0.5)(transposed)
+    assert ((kept == 0) | (kept == 2 * transposed)).all()
+
+
+def test_dropout_follows_the_seed():
+    values, dropout = torch.ones(100), Dropout(0.5)
+    torch.manual_seed(3)
+    first = dropout(values)
+    torch.manual_seed(3)
+    assert torch.equal(first, dropout(values)) and not torch.equal(first, dropout(values))
+
+
+@pytest.mark.parametrize("rate", [1e-9, 1 - 1e-9])
+def test_dropout_of_nearly_nothing_and_nearly_everything(rate):
+    dropped = Dropout(rate)(torch.ones(1000))
+    assert dropped.isfinite().all() and (dropped != 0).double().mean().item() == pytest.approx(1 - rate, abs=0.01)
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.integers(1, 6), st.integers(0, 10**6))
+def test_feed_forward_against_numpy(batch, tokens, width, hidden, seed):
+    module, x = seeded(lambda: feed_forward(width, hidden, dropout=0.5), seed).eval(), random(batch, tokens, width)
+    first, second = module[0], module[-1]
+    inner = x.numpy() @ first.weight.detach().numpy().T + first.bias.detach().numpy()
+    gelu = inner * (1 + np.vectorize(math.erf)(inner / 2**0.5)) / 2
+    expected = gelu @ second.weight.detach().numpy().T + second.bias.detach().numpy()
+    np.testing.assert_allclose(module(x).detach().numpy(), expected, rtol=1e-10, atol=1e-12)
+
+
+def copied_layer(block, width, heads, hidden):
+    """torch's layer with a block's weights."""
+    layer = nn.TransformerEncoderLayer(width, heads, hidden, 0.0, activation="gelu", batch_first=True).double()
+    attention, norms = block.attention, (block.attention_norm, block.feed_forward_norm)
+    layer.self_attn.in_proj_weight.data = attention.projection.weight.data
+    layer.self_attn.in_proj_bias.data = attention.projection.bias.data
+    pairs = [
+        (layer.self_attn.out_proj, attention.output),
+        (layer.linear1, block.feed_forward[0]),
+        (layer.linear2, block.feed_forward[-1]),
+        *zip((layer.norm1, layer.norm2), norms, strict=True),
+    ]
+    for theirs, ours in pairs:
+        theirs.load_state_dict(ours.state_dict())
+    return layer
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_block_against_torch(mode):
+    block = seeded(lambda: EncoderBlock(12, 3, 20, dropout=0.0 if mode == "train" else 0.4)).train(mode == "train")
+    for norm in (block.attention_norm, block.feed_forward_norm):
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    layer = copied_layer(block, 12, 3, 20).train(mode == "train")
+    tokens = random(4, 5, 12).requires_grad_()
+    (ours, no_map), theirs = block(tokens), layer(tokens)
+    assert no_map is None
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    (gradient,) = torch.autograd.grad(ours.square().sum(), tokens)
+    (expected,) = torch.autograd.grad(theirs.square().sum(), tokens)
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-11)
+    mapped, weights = block(tokens, return_map=True)
+    torch.testing.assert_close(mapped, ours, rtol=0, atol=1e-12)
+    assert weights.shape == (4, 3, 5, 5)
+
+
+def test_block_has_no_order():
+    block, order = seeded(lambda: EncoderBlock(6, 2, 8, dropout=0.0)), torch.tensor([2, 3, 0, 1])
+    tokens = random(3, 4, 6)
+    torch.testing.assert_close(block(tokens[:, order])[0], block(tokens)[0][:, order], rtol=1e-12, atol=1e-12)
+
+
+def test_the_two_residual_lines():
+    """Without normalisation, and with both branches' last maps at zero, the block hands its tokens through."""
+    block = seeded(lambda: EncoderBlock(6, 2, 8, dropout=0.3, norm=lambda width: nn.Identity()))
+    for last in (block.attention.output, block.feed_forward[-1]):
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+    tokens = random(3, 4, 6)
+    assert torch.equal(block(tokens)[0], tokens)
+
+
+def test_dropout_in_training_only():
+    block, tokens = seeded(lambda: EncoderBlock(6, 2, 8, dropout=0.5)), random(3, 4, 6)
+    assert not torch.equal(block(tokens)[0], block(tokens)[0])
+    torch.manual_seed(1)
+    first = block(tokens)[0]
+    torch.manual_seed(1)
+    assert torch.equal(first, block(tokens)[0])
+    block.eval()
+    assert torch.equal(block(tokens)[0], block(tokens)[0])
+
+
+@pytest.mark.parametrize("device", [device for device in DEVICES if device != "cpu"])
+def test_devices_agree_with_the_cpu(device):
+    torch.manual_seed(0)
+    block, tokens = EncoderBlock(16, 4, 32, dropout=0.1).eval(), random(5, 6, 16, dtype=torch.float32)
+    expected, expected_map = block(tokens, return_map=True)
+    fused, _ = block.to(device)(tokens.to(device))
+    mapped, weights = block(tokens.to(device), return_map=True)
+    for got, want in [(fused, expected), (mapped, expected), (weights, expected_map)]:
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-4, atol=1e-5)
+    assert sinusoids(9, 6, torch.float32, torch.device(device)).device.type == device
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda: patches(torch.zeros(2, 10), 11, 1), ValueError, "patch_length must be at most 10,.*steps; got 11"),
+        (lambda: patches(torch.zeros(2, 10), 0, 1), ValueError, "patch_length must be at least 1; got 0"),
+        (lambda: patches(torch.zeros(2, 10), 2.0, 1), TypeError, "patch_length must be a whole number.*got 2.0"),
+        (lambda: patches(torch.zeros(2, 10), 4, 0), ValueError, "stride must be at least 1; got 0"),
+        (lambda: patches(torch.zeros(2, 10), 4, 5), ValueError, "stride must be at most 4, the patch_length.*got 5"),
+        (lambda: patches(torch.zeros(2, 10), 4, 4), ValueError, "10 time steps cannot.*of 4, 4 apart: the last 2 "),
+        (lambda: Attention(10, 4), ValueError, "width must be a multiple of heads; got 10 and 4"),
+        (lambda: Attention(10, 0), ValueError, "heads must be at least 1; got 0"),
+        (lambda: Attention(0, 1), ValueError, "width must be at least 1; got 0"),
+        (lambda: Dropout(1.0), ValueError, "dropout must be less than 1; got 1.0"),
+        (lambda: Dropout(-0.1), ValueError, "dropout must be a finite number of at least 0; got -0.1"),
+        (lambda: feed_forward(4, 8, 1.5), ValueError, "dropout must be less than 1; got 1.5"),
+        (lambda: EncoderBlock(10, 3, 8, 0.0), ValueError, "width must be a multiple of heads; got 10 and 3"),
+    ],
+)
+def test_bad_input_is_named(call, error, says):
+    with pytest.raises(error, match=says):
+        call()
