@@ -31,13 +31,13 @@ def _wanted_tensor(name: str, axes: tuple) -> str:
     return f"{name} must be a floating-point tensor [{', '.join('..' if axis is ... else axis for axis in axes)}]"
 
 
-def all_finite(name: str, value: Tensor) -> None:
-    """Raise ValueError if a tensor holds NaN or infinity."""
+def all_finite(name: str, value: Tensor, error: type[ValueError] = ValueError) -> None:
+    """Raise ValueError, or the given kind of it, if a tensor holds NaN or infinity."""
     if math.isfinite(value.detach().sum().item()):  # quick; only a sum that overflows is not so without a bad entry
         return
     bad = value.numel() - int(torch.isfinite(value).sum())
     if bad:
-        raise ValueError(f"{name} must hold finite numbers only; {bad} of its {value.numel()} are NaN or infinite")
+        raise error(f"{name} must hold finite numbers only; {bad} of its {value.numel()} are NaN or infinite")
 
 
 def alike(name: str, value: Tensor, other_name: str, other: Tensor) -> None:

@@ -10,7 +10,7 @@ from mini_impl import checks
 
 
 class NonFiniteLoss(ValueError, FloatingPointError):
-    """A term of a loss came out NaN or infinite; the message names it."""
+    """A term of a loss came out NaN or infinite, or what it is made of did; the message names it."""
 
 
 class LossTerms(NamedTuple):
@@ -53,13 +53,15 @@ def orthogonality(matrix: Tensor, norm: str = "fro") -> Tensor:
     matrix: [.., row, column], W of the formula.
     norm: "fro" sums the squares of all entries of W'W - I; "spectral" takes its largest eigenvalue in size, squared.
     With more columns than rows W'W cannot be I: the squared Frobenius norm is then at least columns - rows.
-    Raises TypeError, ValueError for something that is no finite matrix. Source: documented iTransformer and TimeXer.
+    Raises TypeError, ValueError for something that is no matrix, NonFiniteLoss if W'W holds NaN or infinity.
+    Source: documented iTransformer and TimeXer.
     """
-    checks.tensor("matrix", matrix, ..., "row", "column")
+    checks.tensor("matrix", matrix, ..., "row", "column", finite=False)
     checks.choice("norm", norm, ("fro", "spectral"))
     rows, columns = matrix.shape[-2:]
     # W'W and WW' share their eigenvalues, but for zeros: the smaller of them says all, and costs less.
     gram = matrix @ matrix.mT if rows < columns else matrix.mT @ matrix
+    checks.all_finite("W'W of the penalised matrix W", gram, NonFiniteLoss)
     excess = gram - torch.eye(min(rows, columns), dtype=matrix.dtype, device=matrix.device)
     missing = max(0, columns - rows)  # so many eigenvalues of W'W are 0; each is 1 away from that of I
     if norm == "fro":
@@ -73,9 +75,11 @@ def kl_from_uniform(probabilities: Tensor) -> Tensor:
 
     probabilities: [.., choice], not negative, each row with sum 1. 0 log 0 counts as 0.
     Between 0 (p uniform) and log n (all on one choice).
-    Raises TypeError, ValueError for rows that are no probabilities. Source: documented PatchTST and DAPO.
+    Raises TypeError, ValueError for rows that are no probabilities, NonFiniteLoss for NaN or infinity among them.
+    Source: documented PatchTST and DAPO.
     """
-    checks.tensor("probabilities", probabilities, ..., "choice")
+    checks.tensor("probabilities", probabilities, ..., "choice", finite=False)
+    checks.all_finite("probabilities", probabilities, NonFiniteLoss)
     sums = probabilities.detach().float().sum(-1)
     rounding = 2e-2 if probabilities.dtype.itemsize == 2 else 1e-3  # half precision has 2 or 3 digits
     if probabilities.min() < 0 or (sums - 1).abs().max() > rounding:

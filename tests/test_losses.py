@@ -54,14 +54,68 @@ def test_orthogonality_against_numpy_and_its_floor(batch, rows, columns, seed):
     assert orthogonality(frame).item() == pytest.approx(max(0, columns - rows), abs=1e-10)  # the floor is reached
 
 
-def test_orthogonality_gradient():
-    matrix = random(2, 3, 4).requires_grad_()
-    assert torch.autograd.gradcheck(orthogonality, (matrix,))
-    assert torch.autograd.gradcheck(lambda w: orthogonality(w, norm="spectral"), (matrix,))
-    orthogonality(matrix).backward()
-    w = matrix.detach()
-    derived = 4 * w @ (w.mT @ w - torch.eye(4, dtype=torch.float64)) / len(w)
-    torch.testing.assert_close(matrix.grad, derived)
+@pytest.mark.parametrize("norm", ["fro", "spectral"])
+@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 4, 3), (3, 3), (1, 5), (5, 1)])
+def test_orthogonality_gradient(norm, shape):
+    matrix = random(*shape).requires_grad_()
+    assert torch.autograd.gradcheck(lambda w: orthogonality(w, norm), (matrix,))
+    if norm == "fro":
+        w = matrix.detach()
+        derived = 4 * w @ (w.mT @ w - torch.eye(shape[-1], dtype=torch.float64)) / math.prod(shape[:-2])
+        torch.testing.assert_close(torch.autograd.grad(orthogonality(matrix), matrix)[0], derived)
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 10**6))
+def test_orthogonality_of_rows_or_of_columns(rows, columns, seed):
+    """||W'W - I||^2 = ||WW' - I||^2 + columns - rows in the Frobenius norm: another floor, and the same gradient."""
+    matrix = random(rows, columns, seed=seed).requires_grad_()
+    here, there = orthogonality(matrix), orthogonality(matrix.mT)
+    torch.testing.assert_close(here, there + columns - rows, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(torch.autograd.grad(here, matrix), torch.autograd.grad(there, matrix))
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 10**6))
+def test_the_spectral_norm_tells_rows_from_columns(rows, more, seed):
+    """With more columns than rows W'W has an eigenvalue 0, 1 away from that of I, whatever W is: no gradient there."""
+    wide = (0.5 * random(rows, rows + more, seed=seed) / (rows + more)).requires_grad_()  # all singular values below 1
+    assert torch.linalg.matrix_norm(wide, 2) < 1
+    value = orthogonality(wide, "spectral")
+    assert value.item() == 1 and not torch.autograd.grad(value, wide)[0].any()
+    tall = orthogonality(wide.mT, "spectral")
+    assert 0 < tall.item() < 1 and torch.autograd.grad(tall, wide)[0].any()
+    rows_orthonormal = torch.linalg.qr(random(rows + more, rows, seed=seed)).Q.mT
+    assert orthogonality(rows_orthonormal, "spectral").item() == pytest.approx(1)
+    assert orthogonality(rows_orthonormal.mT, "spectral").item() == pytest.approx(0, abs=1e-20)
+    assert orthogonality(rows_orthonormal).item() == pytest.approx(more)
+    assert orthogonality(2 * rows_orthonormal, "spectral").item() == pytest.approx(9)  # 2^2 is further from 1 than 0
+
+
+@given(st.integers(1, 8), st.integers(0, 10**6))
+def test_orthogonality_of_one_row(columns, seed):
+    """(|w|^2 - 1)^2 + columns - 1; a row of probabilities reaches the floor by picking one, and uniform it is worst."""
+    row = random(1, columns, seed=seed).softmax(-1)
+    expected = (row.square().sum().item() - 1) ** 2 + columns - 1
+    assert orthogonality(row).item() == pytest.approx(expected)
+    assert orthogonality(torch.eye(columns, dtype=torch.float64)[:1]).item() == columns - 1
+    uniform = orthogonality(torch.full_like(row, 1 / columns)).item()
+    assert uniform == pytest.approx((1 / columns - 1) ** 2 + columns - 1)
+    assert columns - 1 <= expected <= uniform + 1e-9
+
+
+@given(st.integers(1, 5), st.integers(1, 5))
+def test_orthogonality_of_uniform_rows(rows, columns):
+    """All entries 1 / columns: W'W has one eigenvalue rows / columns, and else zeros."""
+    uniform = torch.full((rows, columns), 1 / columns, dtype=torch.float64)
+    assert orthogonality(uniform).item() == pytest.approx((rows / columns - 1) ** 2 + columns - 1)
+    spectral = max(abs(rows / columns - 1), 1.0 if columns > 1 else 0.0) ** 2
+    assert orthogonality(uniform, "spectral").item() == pytest.approx(spectral)
+
+
+def test_orthogonality_is_a_mean_over_leading_axes():
+    matrices = random(2, 3, 4, 5)
+    for norm in ("fro", "spectral"):
+        alone = [orthogonality(matrix, norm).item() for matrix in matrices.flatten(0, 1)]
+        assert orthogonality(matrices, norm).item() == pytest.approx(sum(alone) / 6)
 
 
 # --- kl_from_uniform --------------------------------------------------------------------------------------------------
@@ -94,7 +148,10 @@ def test_kl_gradient():
         (lambda: orthogonality(torch.ones(3)), ValueError, r"matrix.*\[.., row, column\].*got shape \[3\]"),
         (lambda: orthogonality(torch.eye(3).long()), TypeError, "matrix.*int64"),
         (lambda: orthogonality(torch.eye(3), norm="nuclear"), ValueError, "norm must be one of 'fro', 'spectral'"),
-        (lambda: orthogonality(torch.eye(3) / 0), ValueError, "matrix.*NaN or infinite"),
+        (lambda: orthogonality(torch.eye(3) / 0), NonFiniteLoss, "matrix.*NaN or infinite"),
+        (lambda: orthogonality(1e30 * torch.eye(3), "spectral"), NonFiniteLoss, "matrix.*NaN or infinite"),
+        (lambda: orthogonality(torch.ones(2, 0, 3)), ValueError, r"matrix.*no axis empty; got shape \[2, 0, 3\]"),
+        (lambda: kl_from_uniform(torch.ones(3) / 0), NonFiniteLoss, "probabilities.*NaN or infinite"),
         (lambda: kl_from_uniform(torch.ones(3)), ValueError, "sum to 1.*sums from 3 to 3"),
         (lambda: kl_from_uniform(torch.tensor([1.5, -0.5])), ValueError, "not be negative.*-0.5"),
         (lambda: kl_from_uniform(torch.tensor(1.0)), ValueError, "probabilities"),

@@ -437,8 +437,8 @@ def made(**changes):
         (lambda: documented_loss(WITH, GOOD, "1"), TypeError, "orthogonality_weight.*got '1'"),
         (lambda: documented_loss(WITH, GOOD, norm="l2"), ValueError, "norm must be one of 'fro', 'spectral'; got 'l2'"),
         (lambda: documented_loss(WITH._replace(prediction=GOOD / 0), GOOD), NonFiniteLoss, "term 'forecast'.*nan"),
-        (lambda: documented_loss(WITH._replace(embedding=GOOD / 0), GOOD), ValueError, "matrix.*NaN"),
-        (lambda: documented_loss(WITH._replace(embedding=1e30 * GOOD + 1e30), GOOD), NonFiniteLoss, "'orthogonality'"),
+        (lambda: documented_loss(WITH._replace(embedding=GOOD / 0), GOOD), NonFiniteLoss, "penalised matrix W.*NaN"),
+        (lambda: documented_loss(Output(GOOD, GOOD + 1e30), GOOD, 1.0, "spectral"), NonFiniteLoss, "penalised matrix"),
         (lambda: published_loss(WITH, GOOD[:1]), ValueError, "output.prediction and target must have one shape"),
         (lambda: published_loss(WITH._replace(prediction=GOOD / 0), GOOD), NonFiniteLoss, "term 'forecast'.*nan"),
     ],
@@ -455,6 +455,16 @@ def test_no_silent_nan(seed, bad):
     history.view(-1)[seed % history.numel()] = bad
     with pytest.raises(ValueError, match=r"history.*1 of its 48 are NaN or infinite"):
         small()(history)
+
+
+@pytest.mark.parametrize("norm", ["fro", "spectral"])
+@pytest.mark.parametrize("name", ["embedding.weight", "projection.weight"])
+def test_weights_that_diverged_are_named_by_the_loss(name, norm):
+    model = small()
+    model.get_parameter(name).data[0, 0] = math.nan
+    says = "penalised matrix W" if name == "embedding.weight" else "term 'forecast' of the loss is nan"
+    with pytest.raises(NonFiniteLoss, match=says):
+        documented_loss(model(random(2, 12, 3)), random(2, 5, 3), norm=norm)
 
 
 def test_loss_terms_is_what_every_loss_returns():

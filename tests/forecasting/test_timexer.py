@@ -1,0 +1,886 @@
+"""TimeXer: by hand, by its symmetries, against float64 arithmetic written apart, and against another one."""
+
+import json
+import math
+import shutil
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mini_impl.checkpoint import load_checkpoint, save_checkpoint
+from mini_impl.forecasting.layers import normalise
+from mini_impl.forecasting.timexer import Output, TimeXer, documented_loss, published_loss
+from mini_impl.losses import LossTerms, NonFiniteLoss
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "timexer.json"
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+COMPILER = (
+    any(map(shutil.which, ("c++", "g++", "clang++"))) and Path(sysconfig.get_path("include"), "Python.h").exists()
+)
+SMALL = {
+    "history": 12,
+    "horizon": 5,
+    "variables": 4,
+    "patch_length": 4,
+    "width": 8,
+    "heads": 2,
+    "layers": 2,
+    "feed_forward_width": 6,
+}
+
+
+def random(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def small(seed=0, **changes):
+    """A model in float64 without dropout; all its weights random, those of the normalisations too."""
+    torch.manual_seed(seed)
+    model = TimeXer(**{**SMALL, "return_attention": True, **changes}).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def same_weights(model, **changes):
+    """Another model with the weights of this one."""
+    other = small(**changes)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def equal(here, there, atol=1e-12):
+    """Two Outputs hold the same numbers."""
+    torch.testing.assert_close(here.prediction, there.prediction, rtol=0, atol=atol)
+    for ours, theirs in zip(here.cross_attention, there.cross_attention, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+def test_parity_with_another_implementation():
+    """Golden numbers made by tests/golden/make_timexer.py from neuralforecast's with the same weights."""
+    for case in json.loads(GOLDEN.read_text())["cases"]:
+        model = TimeXer(**case["model"], variable_token="learned", return_attention=True).double().eval()
+        model.load_state_dict({name: torch.tensor(value).double() for name, value in case["weights"].items()})
+        history = torch.tensor(case["input"], dtype=torch.float64)
+        beside = None if case["exogenous"] is None else torch.tensor(case["exogenous"], dtype=torch.float64)
+        maps = tuple(torch.tensor(map, dtype=torch.float64) for map in case["cross_attention"])
+        equal(model(history, beside), Output(torch.tensor(case["prediction"], dtype=torch.float64), maps), atol=1e-5)
+
+
+def by_numpy(model, history, exogenous, observed):
+    """(prediction [horizon, endogenous], maps) of one window [time, variable], series by series and head by head."""
+    weights = {name: value.detach().numpy() for name, value in model.state_dict().items()}
+    width, heads = model.norm.weight.numel(), model.layers[0].self_attention.heads
+
+    def linear(name, x):
+        return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)
+
+    def norm(name, x):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    def gelu(x):
+        return x * (1 + np.vectorize(math.erf)(x / 2**0.5)) / 2
+
+    def attend(name, tokens, context):
+        """(mixed [query, width], map [head, query, key])"""
+        all_maps, mixed = [], []
+        query = np.split(linear(f"{name}.projection", tokens), 3, -1)[0]
+        _, key, value = np.split(linear(f"{name}.projection", context), 3, -1)
+        for q, k, v in zip(*(np.split(part, heads, -1) for part in (query, key, value)), strict=True):
+            scores = np.exp(q @ k.T / q.shape[-1] ** 0.5)
+            all_maps.append(scores / scores.sum(-1, keepdims=True))
+            mixed.append(all_maps[-1] @ v)
+        return linear(f"{name}.output", np.concatenate(mixed, -1)), np.stack(all_maps)
+
+    mean, std = history.mean(0), np.sqrt(history.var(0) + 1e-5)
+    scaled = ((history - mean) / std).T
+    others, there = [linear("exogenous_embedding", scaled[i]) for i in model.exogenous], [True] * len(model.exogenous)
+    for series, seen in zip(exogenous.T, observed.T, strict=True):
+        there.append(seen.any())
+        if seen.any():
+            values = series[seen]
+            padded = np.zeros(model.history)
+            padded[len(padded) - len(series) :][seen] = (values - values.mean()) / np.sqrt(values.var() + 1e-5)
+            others.append(linear("exogenous_embedding", padded))
+    others = np.stack(others)
+
+    positions = np.zeros((model.history // model.patch_length, width))
+    for step in range(len(positions)):
+        for feature in range(width):
+            angle = step / 10000 ** (feature // 2 * 2 / width)
+            positions[step, feature] = math.cos(angle) if feature % 2 else math.sin(angle)
+    tokens = []
+    for place, i in enumerate(model.endogenous):
+        local = linear("patch_embedding", scaled[i].reshape(-1, model.patch_length)) + positions
+        learned = "variable_token" in weights
+        whole = weights["variable_token"][place, 0] if learned else linear("variable_embedding", scaled[i])
+        tokens.append(np.vstack([local, whole]))
+
+    maps = []
+    for depth in range(len(model.layers)):
+        tokens = [
+            norm(f"layers.{depth}.self_norm", x + attend(f"layers.{depth}.self_attention", x, x)[0]) for x in tokens
+        ]
+        variable = np.stack([x[-1] for x in tokens])
+        mixed, some = attend(f"layers.{depth}.cross_attention", variable, others)
+        variable = norm(f"layers.{depth}.cross_norm", variable + mixed)
+        tokens = [np.vstack([x[:-1], one]) for x, one in zip(tokens, variable, strict=True)]
+        tokens = [
+            x + linear(f"layers.{depth}.feed_forward.3", gelu(linear(f"layers.{depth}.feed_forward.0", x)))
+            for x in tokens
+        ]
+        tokens = [norm(f"layers.{depth}.feed_forward_norm", x) for x in tokens]
+        maps.append(np.zeros((heads, len(tokens), len(there))))
+        maps[-1][..., np.array(there)] = some
+    forecast = np.stack([linear("head", norm("norm", x).ravel()) for x in tokens])
+    return forecast.T * std[model.endogenous] + mean[model.endogenous], maps
+
+
+@given(
+    st.integers(1, 3),
+    st.sampled_from([(1, None), (3, None), (1, 0), (4, -1), (4, (2, 0)), (3, (0, 1, 2))]),
+    st.integers(0, 3),
+    st.integers(1, 12),
+    st.sampled_from([(8, 2, 1), (6, 3, 2)]),
+    st.sampled_from(["series", "learned"]),
+    st.integers(0, 10**6),
+)
+@settings(max_examples=40)
+def test_the_model_against_numpy(batch, which, beside, steps, size, variable_token, seed):
+    variables, endogenous = which
+    width, heads, layers = size
+    model = small(
+        seed,
+        variables=variables,
+        endogenous=endogenous,
+        variable_token=variable_token,
+        width=width,
+        heads=heads,
+        layers=layers,
+    )
+    history = 7 * random(batch, 12, variables, seed=seed) + 100
+    beside += not model.exogenous and not beside  # there must be one
+    exogenous, observed = 3 * random(batch, steps, beside, seed=seed) - 5, random(batch, steps, beside, seed=1) > 0
+    if not model.exogenous:
+        observed[:, -1, 0] = True
+    extra = (exogenous.where(observed, math.nan), observed) if beside else ()
+    output = model(history, *extra)
+    for i in range(batch):
+        prediction, maps = by_numpy(model, history[i].numpy(), exogenous[i].numpy(), observed[i].numpy())
+        np.testing.assert_allclose(output.prediction[i].detach(), prediction, rtol=1e-8, atol=1e-8)
+        for ours, theirs in zip(output.cross_attention, maps, strict=True):
+            np.testing.assert_allclose(ours[i].detach(), theirs, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("variable_token", ["series", "learned"])
+def test_documented_steps_and_their_shapes(variable_token):
+    model = small(endogenous=-1, variable_token=variable_token)
+    history = random(3, 12, 4)
+    scaled, mean, std = normalise(history)
+    tokens = model.embed(scaled[..., 3:])  # 1. N patches and a variable token
+    assert tokens.shape == (3, 1, 12 // 4 + 1, 8)
+    _, grid = model.layers[0].self_attention(tokens[:, 0], return_map=True)  # 2. (N + 1) x (N + 1)
+    assert grid.shape == (3, 2, 4, 4)
+    others, present = model.embed_exogenous(scaled[..., :3], None, None)  # 3. C variable tokens, a 1 x C grid
+    assert others.shape == (3, 3, 8) and present is None
+    maps = []
+    for layer in model.layers:
+        tokens, attention = layer(tokens, others, None, True)
+        maps.append(attention)
+    assert [attention.shape for attention in maps] == [(3, 2, 1, 3)] * 2
+    forecast = model.head(model.norm(tokens).flatten(2)).mT * std[..., 3:] + mean[..., 3:]  # 4. read out
+    equal(model(history), Output(forecast, tuple(maps)), atol=0)
+
+
+def test_the_learned_token_is_the_same_for_all_windows():
+    scaled = random(3, 12, 4)
+    learned = small(variable_token="learned").embed(scaled)[:, :, -1]  # [batch, variable, width]
+    assert (learned == learned[:1]).all() and not torch.equal(learned[:, 0], learned[:, 1])
+    series = small(variable_token="series").embed(scaled)[:, :, -1]
+    assert not torch.isclose(series[0], series[1]).any()
+    torch.testing.assert_close(series, small().variable_embedding(scaled.mT))
+
+
+def test_patches_know_their_places():
+    """The same values in another order are other tokens, by the positions; the variable token gets no position."""
+    model, one = small(), torch.ones(1, 12, 1, dtype=torch.float64)
+    tokens = model.embed(one)[0, 0]
+    differences = tokens[1:3] - tokens[:2]  # only the positions differ: sin and cos of 0, 1, 2
+    angles = torch.arange(3, dtype=torch.float64)[:, None] * torch.tensor([1, 0.1, 0.01, 0.001], dtype=torch.float64)
+    torch.testing.assert_close(differences[:, 0::2], angles.sin().diff(dim=0))
+    torch.testing.assert_close(differences[:, 1::2], angles.cos().diff(dim=0))
+
+
+# --- which series are which -------------------------------------------------------------------------------------------
+
+
+@given(st.permutations(range(3)), st.permutations(range(2)), st.integers(0, 10**6))
+@settings(max_examples=20)
+def test_exogenous_series_are_a_set(order, beside, seed):
+    """In another order they make the same forecast, and the columns of the attention change places."""
+    model = small(endogenous=1)
+    history, more = random(2, 12, 4, seed=seed), random(2, 9, 2, seed=seed + 1)
+    observed = random(2, 9, 2, seed=seed + 2) > -0.5
+    places = [model.exogenous[i] for i in order]
+    moved = history.clone()
+    moved[..., model.exogenous] = history[..., places]
+    here = model(history, more, observed)
+    there = model(moved, more[..., beside], observed[..., beside])
+    columns = [*order, *(3 + i for i in beside)]
+    equal(Output(here.prediction, tuple(map[..., columns] for map in here.cross_attention)), there)
+
+
+@given(st.permutations(range(3)), st.integers(0, 10**6))
+@settings(max_examples=20)
+def test_endogenous_series_are_treated_alike(order, seed):
+    """Named, or stored, in another order: forecasts and rows of the attention in that order."""
+    history, names = random(2, 12, 5, seed=seed), [4, 0, 2]
+    model = small(variables=5, endogenous=names)
+    here = model(history)
+    there = same_weights(model, variables=5, endogenous=[names[i] for i in order])(history)
+    rows = tuple(map[:, :, order] for map in here.cross_attention)
+    equal(Output(here.prediction[..., order], rows), there)
+    stored = history.clone()
+    stored[..., names] = history[..., [names[i] for i in order]]
+    equal(model(stored), there)
+
+
+@given(st.permutations(range(4)), st.integers(0, 10**6))
+@settings(max_examples=20)
+def test_all_variables_as_both(order, seed):
+    model, history = small(), random(2, 12, 4, seed=seed)
+    here, there = model(history), model(history[..., order])
+    maps = tuple(map[:, :, order][..., order] for map in here.cross_attention)
+    equal(Output(here.prediction[..., order], maps), there)
+
+
+def test_a_learned_token_belongs_to_its_variable():
+    model, history = small(variable_token="learned"), random(2, 12, 4)
+    here, there = model(history), model(history.flip(-1))
+    assert not torch.isclose(there.prediction, here.prediction.flip(-1)).any()
+
+
+@pytest.mark.parametrize("variable_token", ["series", "learned"])
+def test_ways_to_name_the_endogenous(variable_token):
+    history = random(2, 12, 4)
+    model = small(endogenous=3, variable_token=variable_token)
+    assert (model.endogenous, model.exogenous) == ([3], [0, 1, 2])
+    for name in (-1, [3], (-1,), np.int64(3), range(3, 4)):
+        equal(same_weights(model, endogenous=name, variable_token=variable_token)(history), model(history), atol=0)
+    everything = small(variable_token=variable_token)
+    assert (everything.endogenous, everything.exogenous) == ([0, 1, 2, 3], [0, 1, 2, 3])
+    all_named = small(endogenous=(0, 1, 2, 3), variable_token=variable_token)
+    assert (all_named.endogenous, all_named.exogenous) == ([0, 1, 2, 3], [])
+    # so named they are not exogenous; given beside the history once more, they are
+    all_named.load_state_dict(everything.state_dict())
+    equal(all_named(history, history), everything(history))
+
+
+@pytest.mark.parametrize("variable_token", ["series", "learned"])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_beside_the_history_or_in_it(variable_token, layers):
+    """The same weights serve: which way a series comes in makes no difference."""
+    history = random(3, 12, 4)
+    choices = {"variable_token": variable_token, "layers": layers}
+    inside = small(endogenous=0, **choices)
+    expected = inside(history)
+    for kept in (1, 2, 3):
+        model = same_weights(inside, variables=kept, endogenous=0, **choices)
+        beside = history[..., kept:]
+        equal(model(history[..., :kept], beside), expected)
+        equal(model(history[..., :kept], beside, torch.ones_like(beside, dtype=torch.bool)), expected)
+
+
+def test_the_level_and_unit_of_an_exogenous_series_do_not_matter():
+    model, history, beside = small(), random(3, 12, 4), 1e3 * random(3, 12, 2)
+    equal(model(history, 50 * beside - 1e4), model(history, beside), atol=1e-7)
+
+
+def test_only_variable_tokens_hear_of_the_exogenous():
+    """In one layer the exogenous series move the variable token and nothing else; in two the patches hear of it."""
+    for layers, patches_move in ((1, False), (2, True)):
+        model = small(layers=layers, endogenous=0)
+        tokens, one, other = random(2, 1, 4, 8), *random(2, 2, 3, 8, seed=1)
+        moved = []
+        for others in (one, other):
+            out = tokens
+            for layer in model.layers:
+                out, _ = layer(out, others, None, False)
+            moved.append(out)
+        differ = (moved[0] - moved[1]).abs().amax((0, 1, 3)) > 1e-9  # [patch + 1]
+        assert differ.tolist() == [patches_move] * 3 + [True]
+
+
+def test_endogenous_series_hear_of_one_another_only_as_exogenous():
+    history = random(2, 12, 4)
+    other = history.clone()
+    other[..., 1] = random(2, 12, seed=7)
+    for endogenous, hears in (((0, 1), False), (None, True)):
+        model = small(endogenous=endogenous)
+        moved = (model(other).prediction - model(history).prediction)[..., 0].abs().max() > 1e-9
+        assert moved == hears
+
+
+# --- missing values ---------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 11), st.booleans(), st.integers(0, 10**6))
+@settings(max_examples=20)
+def test_a_short_series_is_one_whose_beginning_is_missing(steps, holes, seed):
+    model, history, beside = small(endogenous=0), random(2, 12, 4, seed=seed), random(2, steps, 2, seed=seed + 1)
+    observed = random(2, steps, 2, seed=seed) > 0 if holes else torch.ones(2, steps, 2, dtype=torch.bool)
+    before = beside.new_full((2, 12 - steps, 2), math.nan)
+    whole = torch.cat([before, beside], 1), torch.cat([torch.zeros_like(before, dtype=torch.bool), observed], 1)
+    equal(model(history, beside, observed if holes else None), model(history, *whole))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e300, 5.0])
+@pytest.mark.parametrize("return_attention", [True, False])
+def test_what_stands_where_a_value_is_missing_does_not_matter(bad, return_attention):
+    model = small(endogenous=0, return_attention=return_attention)
+    history, beside = random(3, 12, 4), random(3, 8, 2)
+    observed = random(3, 8, 2, seed=1) > 0
+    observed[1, :, 0] = False  # not a single value
+    expected = model(history, beside, observed)
+    spoilt = beside.where(observed, bad).requires_grad_()
+    output = model(history, spoilt, observed)
+    torch.testing.assert_close(output.prediction, expected.prediction, rtol=0, atol=0)
+    output.prediction.square().sum().backward()
+    for x in (spoilt, *model.parameters()):
+        assert torch.isfinite(x.grad).all()
+    assert not spoilt.grad[~observed].any() and spoilt.grad[observed].abs().max() > 0
+
+
+@pytest.mark.parametrize("return_attention", [True, False])
+def test_a_series_without_a_value_is_not_there(return_attention):
+    """Attention 0, and the same forecast as without it; in other windows it counts."""
+    choices = {"endogenous": 0, "return_attention": return_attention}
+    model, history, beside = small(**choices), random(3, 12, 4), random(3, 12, 2)
+    observed = torch.ones_like(beside, dtype=torch.bool)
+    observed[1, :, 1] = False
+    here, there, alone = model(history, beside, observed), model(history, beside), model(history, beside[..., :1])
+    torch.testing.assert_close(here.prediction[1], alone.prediction[1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(here.prediction[::2], there.prediction[::2], rtol=0, atol=1e-12)
+    assert (there.prediction[1] - here.prediction[1]).abs().max() > 1e-6
+    if return_attention:
+        for map, without in zip(here.cross_attention, alone.cross_attention, strict=True):
+            assert (map[1, ..., -1] == 0).all() and (map[::2] > 0).all()
+            torch.testing.assert_close(map[1, ..., :-1], without[1], rtol=0, atol=1e-12)
+            torch.testing.assert_close(map.sum(-1), torch.ones(3, 2, 1, dtype=torch.float64))
+
+
+def test_nothing_but_missing_series_beside_those_in_the_history():
+    model, history = small(endogenous=0), random(2, 12, 4)
+    nothing = torch.full((2, 6, 2), math.nan, dtype=torch.float64)
+    output = model(history, nothing, torch.zeros_like(nothing, dtype=torch.bool))
+    torch.testing.assert_close(output.prediction, model(history).prediction, rtol=0, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_no_nan_on_the_way_back_either():
+    model, history = small(endogenous=0), random(2, 12, 4)
+    beside = torch.full((2, 12, 3), math.nan, dtype=torch.float64)
+    observed = torch.zeros_like(beside, dtype=torch.bool)
+    observed[:, -1, 1], beside[:, -1, 1] = True, 3.0  # one value alone
+    observed[:, ::2, 2], beside[:, ::2, 2] = True, 4.0  # a constant
+    beside.requires_grad_()
+    with torch.autograd.detect_anomaly():
+        documented_loss(model(history, beside, observed), random(2, 5, 1), 0.1).total.backward()
+    assert torch.isfinite(beside.grad).all()
+
+
+def test_a_single_value_or_a_constant_tell_nothing():
+    """Both are as far from their mean as can be: not at all. Their tokens are the embedding's bias."""
+    model = small(endogenous=0)
+    beside = torch.full((1, 12, 2), 7.0, dtype=torch.float64)
+    observed = torch.ones_like(beside, dtype=torch.bool)
+    observed[0, :-1, 0] = False
+    tokens, present = model.embed_exogenous(torch.zeros(1, 12, 0, dtype=torch.float64), beside, observed)
+    assert present.all()
+    torch.testing.assert_close(tokens, model.exogenous_embedding.bias.expand(1, 2, 8))
+
+
+# --- what any model does ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"endogenous": -1}, {"endogenous": (3, 1), "variable_token": "learned"}])
+def test_maps_and_shapes(changes):
+    model = small(**changes)
+    output = model(random(3, 12, 4), random(3, 12, 2, seed=1))
+    endogenous, exogenous = len(model.endogenous), len(model.exogenous) + 2
+    assert output.prediction.shape == (3, 5, endogenous)
+    assert [map.shape for map in output.cross_attention] == [(3, 2, endogenous, exogenous)] * 2
+    for map in output.cross_attention:
+        assert map.min() > 0
+        torch.testing.assert_close(map.sum(-1), torch.ones(map.shape[:-1], dtype=torch.float64))
+    documented_loss(output, random(3, 5, endogenous))  # the target holds the endogenous variables
+
+
+@pytest.mark.parametrize("form", ["maps", "projections"])
+def test_attention_is_only_looked_at(form):
+    """With the fused product or the plain one, with a mask or without: the forecast is the same."""
+    model, history, beside = small(attention_form=form), random(3, 12, 4), random(3, 12, 2)
+    without = same_weights(model, return_attention=False, attention_form=form)
+    observed = random(3, 12, 2, seed=1) > -1
+    for extra in ((), (beside,), (beside, observed)):
+        here, there = model(history, *extra), without(history, *extra)
+        assert there.cross_attention is None and here.cross_attention is not None
+        torch.testing.assert_close(here.prediction, there.prediction, rtol=0, atol=1e-12)
+
+
+def test_projections_are_the_layers_own_weights():
+    model = small(attention_form="projections", layers=3)
+    matrices = model(random(2, 12, 4)).cross_attention
+    assert [matrix.shape for matrix in matrices] == [(3, 8, 8)] * 3
+    for layer, matrix in zip(model.layers, matrices, strict=True):
+        weight = layer.cross_attention.projection.weight
+        assert torch.equal(matrix.flatten(0, 1), weight) and matrix.data_ptr() == weight.data_ptr()
+    one, other = random(2, 8), random(5, 8, seed=1)  # query, key and value, in this order
+    parts = model.layers[0].cross_attention._project(one[None], other[None])
+    biases = model.layers[0].cross_attention.projection.bias.view(3, 8)
+    for part, tokens, matrix, bias in zip(parts, (one, other, other), matrices[0], biases, strict=True):
+        torch.testing.assert_close(part[0].transpose(0, 1).flatten(1), tokens @ matrix.mT + bias)
+
+
+def test_another_level_and_unit_move_the_forecast_alike():
+    """The 1e-5 in the standard deviation is in no unit, so all but the last digits are the same."""
+    model, history = small(), 100 * random(2, 12, 4)
+    unit = torch.tensor([0.1, 1, 7, 1000], dtype=torch.float64)  # each variable has its own
+    level = torch.tensor([5e4, 0, -3, 1e3], dtype=torch.float64)
+    moved = model(unit * history + level).prediction
+    torch.testing.assert_close((moved - level) / unit, model(history).prediction, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("variable_token", ["series", "learned"])
+@pytest.mark.parametrize("form", ["maps", "projections"])
+def test_shapes_dtypes_devices(device, variable_token, form):
+    torch.manual_seed(0)
+    changes = {"endogenous": -1, "variable_token": variable_token, "return_attention": True, "attention_form": form}
+    model = TimeXer(**SMALL, **changes).to(device)
+    beside = torch.randn(2, 7, 2, device=device)
+    output = model(torch.randn(2, 12, 4, device=device), beside, beside > -1)
+    loss = documented_loss(output, torch.randn(2, 5, 1, device=device), orthogonality_weight=0.5)
+    loss.total.backward()
+    assert output.prediction.shape == (2, 5, 1)
+    assert loss.total.device.type == device and loss.total.dtype == torch.float32
+    assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("device", [device for device in DEVICES if device != "cpu"])
+@pytest.mark.parametrize("return_attention", [True, False])
+def test_devices_agree_with_the_cpu(device, return_attention):
+    model, history = small(return_attention=return_attention).float(), random(4, 12, 4, dtype=torch.float32)
+    beside, observed = random(4, 9, 3, dtype=torch.float32), random(4, 9, 3, seed=1) > 0
+    observed[2, :, 1] = False
+    here = model(history, beside, observed)
+    there = model.to(device)(history.to(device), beside.to(device), observed.to(device))
+    torch.testing.assert_close(here.prediction, there.prediction.cpu(), rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(here.cross_attention or (), there.cross_attention or (), strict=True):
+        torch.testing.assert_close(ours, theirs.cpu(), rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_is_for_training_only():
+    model, history = small(dropout=0.5), random(2, 12, 4)
+    assert torch.equal(model(history).prediction, model(history).prediction)
+    model.train()
+    assert not torch.equal(model(history).prediction, model(history).prediction)
+
+
+@pytest.mark.parametrize("variable_token", ["series", "learned"])
+def test_saved_and_loaded(tmp_path, variable_token):
+    model, history = small(variable_token=variable_token), random(2, 12, 4)
+    save_checkpoint(tmp_path / "model.safetensors", model.state_dict(), {})
+    other = small(seed=1, variable_token=variable_token)
+    assert not torch.equal(other(history).prediction, model(history).prediction)
+    other.load_state_dict(load_checkpoint(tmp_path / "model.safetensors")[0])
+    equal(other(history), model(history), atol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("masked", [False, True])
+def test_compiled_without_a_compiler(masked):
+    """Forecast and gradients of a compiled model are the model's own."""
+    model, history, target = small(endogenous=0), random(2, 12, 4), random(2, 5, 1, seed=1)
+    beside = random(2, 7, 2)
+    extra = (beside, beside > 0) if masked else ()
+    gradients = []
+    for called in (model, torch.compile(model, backend="aot_eager")):
+        model.zero_grad()
+        output = called(history, *extra)
+        documented_loss(output, target, 0.1).total.backward()
+        gradients.append([output.prediction.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler and Python's headers")
+@torch.no_grad()
+def test_compiled():
+    model, history = small(layers=1, endogenous=0), random(2, 12, 4)
+    equal(torch.compile(model)(history), model(history), atol=1e-9)
+
+
+# --- the losses -------------------------------------------------------------------------------------------------------
+
+
+def test_documented_loss_by_hand():
+    target = torch.zeros(1, 2, 1, dtype=torch.float64)
+    prediction = torch.tensor([[[1.0], [3.0]]], dtype=torch.float64)
+    row = torch.tensor([[0.5, 0.5]], dtype=torch.float64)  # W'W - I = [[-3/4, 1/4], [1/4, -3/4]]: 5/4
+    matrix = torch.tensor([[[1.0, 1.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]]], dtype=torch.float64)  # 3 and 0
+    loss = documented_loss(Output(prediction, (row, matrix)), target, orthogonality_weight=2.0)
+    assert {name: value.item() for name, value in loss.terms.items()} == {
+        "forecast": (1 + 9) / 2,
+        "orthogonality": 2 * (1.25 + (3 + 0) / 2),
+    }
+    assert loss.total.item() == 5 + 5.5
+    assert published_loss(Output(prediction), target).total.item() == 5
+
+
+outputs = st.tuples(
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.integers(1, 3),
+    st.floats(0, 100),
+    st.integers(0, 10**6),
+)
+
+
+@given(outputs)
+def test_losses_against_numpy(case):
+    windows, heads, endogenous, exogenous, layers, weight, seed = case
+    prediction, target = 2 * random(2, windows, 4, endogenous, seed=seed)
+    maps = random(layers, windows, heads, endogenous, exogenous, seed=seed + 1).softmax(-1)
+    forecast = sum((target.numpy() - prediction.numpy()).ravel() ** 2) / target.numel()
+    penalty = 0.0
+    for layer in maps.numpy():
+        matrices = layer.reshape(-1, endogenous, exogenous)
+        penalty += sum(np.linalg.norm(w.T @ w - np.eye(exogenous)) ** 2 for w in matrices) / len(matrices)
+    output = Output(prediction, tuple(maps))
+    loss = documented_loss(output, target, weight)
+    assert loss.terms["forecast"].item() == pytest.approx(forecast, rel=1e-10)
+    assert loss.terms["orthogonality"].item() == pytest.approx(weight * penalty, rel=1e-10, abs=1e-12)
+    assert loss.total.item() == pytest.approx(forecast + weight * penalty, rel=1e-10)
+    published = published_loss(output, target)
+    assert published.total.item() == pytest.approx(forecast, rel=1e-10)
+    assert list(published.terms) == ["forecast"]
+
+
+def test_a_weight_of_zero_leaves_the_forecast_alone():
+    prediction, target = random(2, 3, 4, 1)
+    maps = random(3, 2, 1, 5).softmax(-1).requires_grad_()
+    loss = documented_loss(Output(prediction, (maps,)), target, 0)
+    assert loss.terms["orthogonality"] == 0 and loss.total == loss.terms["forecast"]
+    loss.total.backward()
+    assert maps.grad.abs().max() == 0
+
+
+def test_a_perfect_forecast_leaves_the_maps_alone():
+    target, maps = random(3, 4, 1), random(3, 2, 1, 5).softmax(-1)
+    loss = documented_loss(Output(target, (maps,)), target, 0.3)
+    assert loss.terms["forecast"] == 0 and loss.total == loss.terms["orthogonality"] > 0
+
+
+@given(st.integers(1, 6), st.integers(1, 3), st.floats(0.01, 10), st.integers(0, 10**6))
+def test_the_floor_of_one_row(exogenous, layers, weight, seed):
+    """lambda (C - 1) a layer for 1 x C maps: reached by a row that picks one variable; all else lies above."""
+    target = torch.zeros(1, 1, 1, dtype=torch.float64)
+
+    def term(row):
+        return documented_loss(Output(target, (row.view(1, 1, 1, -1),) * layers), target, weight).total.item()
+
+    floor = layers * weight * (exogenous - 1)
+    assert term(torch.eye(exogenous, dtype=torch.float64)[seed % exogenous]) == pytest.approx(floor)
+    row = random(exogenous, seed=seed).softmax(-1)
+    assert term(row) == pytest.approx(floor + layers * weight * (1 - row.square().sum().item()) ** 2)
+    uniform = torch.full((exogenous,), 1 / exogenous, dtype=torch.float64)
+    assert term(uniform) == pytest.approx(floor + layers * weight * (1 - 1 / exogenous) ** 2)
+    assert floor <= term(row) + 1e-9 <= term(uniform) + 2e-9  # of all rows uniform attention pays most
+
+
+@pytest.mark.parametrize("endogenous", [None, 0])
+def test_uniform_attention_pays_by_formula(endogenous):
+    """Where all exogenous tokens are one, W is 1/C throughout; N such rows pay (N/C - 1)^2 + C - 1 a layer."""
+    model = small(endogenous=endogenous)
+    with torch.no_grad():
+        model.exogenous_embedding.weight.zero_()
+    output = model(random(2, 12, 4))
+    rows, columns = len(model.endogenous), len(model.exogenous)
+    for map in output.cross_attention:
+        torch.testing.assert_close(map, torch.full_like(map, 1 / columns))
+    loss = documented_loss(output, random(2, 5, rows), 0.5)
+    expected = 0.5 * 2 * ((rows / columns - 1) ** 2 + columns - 1)
+    assert loss.terms["orthogonality"].item() == pytest.approx(expected)
+
+
+def test_one_exogenous_variable_gets_all_the_attention():
+    """A 1 x 1 map is 1, whatever is trained: the second term is 0 and has no gradient."""
+    model = small(variables=2, endogenous=0)
+    output = model(random(2, 12, 2))
+    assert all((map == 1).all() for map in output.cross_attention)
+    loss = documented_loss(output, random(2, 5, 1), 1.0)
+    assert loss.terms["orthogonality"] == 0
+    loss.terms["orthogonality"].backward()
+    assert not any(parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+
+
+def reached(model):
+    """The names of the weights that the documented loss's second term moves."""
+    model.zero_grad()
+    target = random(2, 5, len(model.endogenous))
+    documented_loss(model(random(2, 12, 4)), target, 1.0).terms["orthogonality"].backward()
+    return {name for name, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.any()}
+
+
+@pytest.mark.parametrize("endogenous", [None, 0])
+def test_what_the_second_term_trains(endogenous):
+    projections = small(endogenous=endogenous, attention_form="projections")
+    assert reached(projections) == {f"layers.{i}.cross_attention.projection.weight" for i in range(2)}
+    # as maps: all that comes before them; what reads out a map, or comes after the last, is left out
+    maps = small(endogenous=endogenous)
+    names = reached(maps)
+    assert names == {
+        name
+        for name, _ in maps.named_parameters()
+        if not name.startswith(("norm.", "head.", "layers.1.feed_forward", "layers.1.cross_norm"))
+        and not name.startswith("layers.1.cross_attention.output")
+    }
+    query, key, value = maps.layers[1].cross_attention.projection.weight.grad.view(3, 8, 8)
+    assert query.any() and key.any() and not value.any()
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 1, 3), (2, 1, 3, 2), (3, 4, 4)])
+def test_gradients_of_the_losses(shape):
+    prediction, target = 2 * random(2, 2, 3, 2)
+    assert torch.autograd.gradcheck(
+        lambda p, *maps: documented_loss(Output(p, maps), target, 0.7).total,
+        (prediction.requires_grad_(), random(*shape).requires_grad_(), random(*shape, seed=1).requires_grad_()),
+    )
+    assert torch.autograd.gradcheck(lambda p: published_loss(Output(p), target).total, (prediction,))
+
+
+@pytest.mark.parametrize(
+    ("variable_token", "form"), [("series", "maps"), ("learned", "maps"), ("series", "projections"), ("learned", None)]
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_of_the_model(variable_token, form, masked):
+    """From loss to input, exogenous series and weights here and there, against finite differences."""
+    sizes = {"history": 4, "horizon": 2, "variables": 2, "patch_length": 2, "width": 4, "feed_forward_width": 3}
+    choices = {"variable_token": variable_token, "return_attention": bool(form), "attention_form": form or "maps"}
+    model = small(**sizes, endogenous=0, **choices)
+    names = ["patch_embedding.weight", "exogenous_embedding.weight", "layers.0.cross_attention.projection.weight"]
+    names += ["layers.1.cross_norm.weight", "head.bias"]
+    names += ["variable_token" if variable_token == "learned" else "variable_embedding.bias"]
+    target, observed = random(2, 2, 1, seed=1), random(2, 3, 2, seed=4) > 0
+    assert not observed.all() and observed.any()
+
+    def loss(history, beside, *weights):
+        replaced = dict(zip(names, weights, strict=True))
+        output = torch.func.functional_call(model, replaced, (history, beside, observed if masked else None))
+        return (documented_loss(output, target, 0.1) if form else published_loss(output, target)).total
+
+    weights = [model.get_parameter(name).detach().clone().requires_grad_() for name in names]
+    if form == "projections":  # functional_call replaces what projections() reads, too
+        assert model.projections()[0].shape == (3, 4, 4)
+    series = random(2, 4, 2).requires_grad_(), random(2, 3, 2, seed=2).requires_grad_()
+    assert torch.autograd.gradcheck(loss, (*series, *weights))
+
+
+# --- the ends of what goes in -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch", "changes"),
+    [
+        (1, {}),
+        (3, {"variables": 1}),
+        (1, {"variables": 1, "history": 1, "patch_length": 1, "horizon": 1}),  # one step: every window is constant
+        (2, {"horizon": 40, "endogenous": -1}),
+        (2, {"patch_length": 12}),
+        (2, {"patch_length": 1, "layers": 1, "heads": 8}),
+        (2, {"width": 7, "heads": 7}),  # odd: one sine more than cosines
+    ],
+)
+@pytest.mark.parametrize("variable_token", ["series", "learned"])
+def test_the_smallest_and_the_odd(batch, changes, variable_token):
+    model = small(**changes, variable_token=variable_token)
+    history = random(batch, model.history, model.variables).requires_grad_()
+    output = model(history)
+    assert output.prediction.shape == (batch, model.horizon, len(model.endogenous))
+    documented_loss(output, random(*output.prediction.shape), 0.1).total.backward()
+    assert all(torch.isfinite(x.grad).all() for x in (history, *model.parameters()))
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0, -1e6])
+@pytest.mark.parametrize("endogenous", [None, 0])
+def test_constant_windows(level, endogenous):
+    model = small(endogenous=endogenous)
+    history = torch.full((2, 12, 4), level, dtype=torch.float64, requires_grad=True)
+    beside = torch.full((2, 6, 1), level, dtype=torch.float64, requires_grad=True)
+    output = model(history, beside)
+    columns = len(model.exogenous) + 1
+    for map in output.cross_attention:  # nothing to tell them apart by
+        torch.testing.assert_close(map, torch.full_like(map, 1 / columns))
+    torch.testing.assert_close(output.prediction, output.prediction[:1, :, :1].expand_as(output.prediction))
+    assert (output.prediction - level).abs().max() < 1  # the deviation that it is multiplied by is 0.003
+    documented_loss(output, random(*output.prediction.shape), 0.1).total.backward()
+    assert all(torch.isfinite(x.grad).all() for x in (history, beside, *model.parameters()))
+
+
+GOOD = torch.zeros(2, 12, 4)
+BESIDE = torch.zeros(2, 8, 3)
+SEEN = torch.ones(2, 8, 3, dtype=torch.bool)
+TARGET = torch.zeros(2, 5, 1)
+WITH = Output(TARGET, (torch.ones(2, 2, 1, 3),))
+
+
+def made(**changes):
+    return TimeXer(**{**SMALL, **changes})
+
+
+def called(*more):
+    return made(endogenous=0)(GOOD, *more)
+
+
+def spoilt(place, value=math.nan):
+    bad = BESIDE.clone()
+    bad[place] = value
+    return bad
+
+
+def seen(*hidden):
+    mask = SEEN.clone()
+    for window in hidden:
+        mask[window] = False
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda: made(history=0), ValueError, "history must be at least 1; got 0"),
+        (lambda: made(horizon=2.5), TypeError, "horizon must be a whole number.*got 2.5"),
+        (lambda: made(variables=0), ValueError, "variables must be at least 1; got 0"),
+        (lambda: made(patch_length=5), ValueError, "history must be a multiple of patch_length; got 12 and 5"),
+        (lambda: made(patch_length=24), ValueError, "history must be a multiple of patch_length; got 12 and 24"),
+        (lambda: made(patch_length=0), ValueError, "patch_length must be at least 1; got 0"),
+        (lambda: made(width=0), ValueError, "width must be at least 1; got 0"),
+        (lambda: made(heads=3), ValueError, "width must be a multiple of heads; got 8 and 3"),
+        (lambda: made(layers=0), ValueError, "layers must be at least 1; got 0"),
+        (lambda: made(feed_forward_width=0), ValueError, "feed_forward_width must be at least 1; got 0"),
+        (lambda: made(dropout=1), ValueError, "dropout must be less than 1; got 1"),
+        (lambda: made(variable_token="global"), ValueError, "variable_token must be one of 'series', 'learned'"),
+        (lambda: made(attention_form="map"), ValueError, "attention_form must be one of 'maps', 'projections'"),
+        (lambda: made(endogenous=4), ValueError, "endogenous must be an index from -4 to 3.*got 4"),
+        (lambda: made(endogenous=-5), ValueError, "endogenous must be an index from -4 to 3.*got -5"),
+        (lambda: made(endogenous=[0, -4]), ValueError, r"endogenous must be.*that differ; got \[0, -4\]"),
+        (lambda: made(endogenous=[]), ValueError, r"endogenous must be.*got \[\]"),
+        (lambda: made(endogenous=True), TypeError, "endogenous must be.*got True"),
+        (lambda: made(endogenous="0"), TypeError, "endogenous must be.*got '0'"),
+        (lambda: made(endogenous=[0, 1.0]), TypeError, r"endogenous must be.*got \[0, 1.0\]"),
+        (lambda: made()(GOOD[:, 1:]), ValueError, r"history must have 12 time steps.*\[2, 11, 4\]"),
+        (lambda: made()(GOOD[..., 1:]), ValueError, r"history must have 4 variables.*\[2, 12, 3\]"),
+        (lambda: made()(GOOD[0]), ValueError, r"history.*\[batch, time, variable\].*got shape \[12, 4\]"),
+        (lambda: made()(GOOD.double()), TypeError, "history must have the dtype.*float32; got torch.float64"),
+        (lambda: made()(GOOD.long()), TypeError, "history.*got dtype torch.int64"),
+        (lambda: made()(GOOD.numpy()), TypeError, "history.*got ndarray"),
+        (lambda: made()(GOOD.to("meta")), ValueError, "history must be on the device.*cpu; got meta"),
+        (lambda: made()(GOOD / 0), ValueError, "history.*96 of its 96 are NaN"),
+        (
+            lambda: made(endogenous=[0, 1, 2, 3])(GOOD),
+            ValueError,
+            "there is no exogenous variable.*give exogenous series.*endogenous=None",
+        ),
+        (lambda: made(variables=1, endogenous=0)(GOOD[..., :1]), ValueError, "there is no exogenous variable"),
+        (lambda: called(torch.zeros(2, 13, 1)), ValueError, r"exogenous must.*at most as many time.*\[2, 13, 1\]"),
+        (lambda: called(BESIDE[:1]), ValueError, r"exogenous must.*as many windows.*\[1, 8, 3\] and \[2, 12, 4\]"),
+        (lambda: called(BESIDE[0]), ValueError, r"exogenous.*\[batch, time, variable\].*got shape \[8, 3\]"),
+        (lambda: called(BESIDE[..., :0]), ValueError, r"exogenous.*no axis empty; got shape \[2, 8, 0\]"),
+        (lambda: called(BESIDE.double()), TypeError, "exogenous must have the dtype.*float32; got torch.float64"),
+        (lambda: called(BESIDE.long()), TypeError, "exogenous.*got dtype torch.int64"),
+        (lambda: called(BESIDE.tolist()), TypeError, "exogenous.*got list"),
+        (lambda: called(BESIDE.to("meta")), ValueError, "exogenous must be on the device.*cpu; got meta"),
+        (lambda: called(spoilt((0, 0, 0))), ValueError, "exogenous must hold finite numbers only; 1 of its 48"),
+        (
+            lambda: called(spoilt((1, 2, 0), math.inf), SEEN),
+            ValueError,
+            "exogenous, where exogenous_mask is True, must hold finite numbers only; 1 of its 48",
+        ),
+        (lambda: called(None, SEEN), ValueError, "exogenous_mask needs the exogenous series.*exogenous=None"),
+        (
+            lambda: called(BESIDE, SEEN.float()),
+            ValueError,
+            r"exogenous_mask must be a bool.*got torch.float32 \[2, 8, 3",
+        ),
+        (lambda: called(BESIDE, SEEN[..., :1]), ValueError, r"exogenous_mask.*\[2, 8, 3\].*got torch.bool \[2, 8, 1\]"),
+        (lambda: called(BESIDE, SEEN.numpy()), ValueError, "exogenous_mask must be a bool tensor.*got ndarray"),
+        (lambda: called(BESIDE, SEEN.to("meta")), ValueError, "exogenous_mask.*on cpu; got.*on meta"),
+        (
+            lambda: made(variables=1, endogenous=0)(GOOD[..., :1], BESIDE, seen(1)),
+            ValueError,
+            r"exogenous_mask leaves no exogenous value at all in the windows \[1\]",
+        ),
+        (lambda: documented_loss(GOOD, TARGET), TypeError, "output must be.*got Tensor"),
+        (
+            lambda: documented_loss(called(), TARGET),
+            ValueError,
+            "output.cross_attention is None: make the model with return_attention=True",
+        ),
+        (lambda: documented_loss(WITH, TARGET[:, 1:]), ValueError, "output.prediction and target must have one shape"),
+        (lambda: documented_loss(WITH, GOOD[:, :5]), ValueError, r"one shape; got \[2, 5, 1\] and \[2, 5, 4\]"),
+        (lambda: documented_loss(WITH, TARGET.double()), TypeError, "one dtype"),
+        (lambda: documented_loss(WITH, TARGET / 0), ValueError, "target.*NaN"),
+        (lambda: documented_loss(WITH, TARGET, -1.0), ValueError, "orthogonality_weight.*at least 0; got -1"),
+        (lambda: documented_loss(WITH, TARGET, math.nan), ValueError, "orthogonality_weight.*got nan"),
+        (lambda: documented_loss(WITH, TARGET, None), TypeError, "orthogonality_weight.*got None"),
+        (lambda: documented_loss(WITH._replace(prediction=TARGET / 0), TARGET), NonFiniteLoss, "term 'forecast'.*nan"),
+        (lambda: documented_loss(Output(TARGET, (TARGET / 0,)), TARGET), NonFiniteLoss, "penalised matrix W.*NaN"),
+        (lambda: published_loss(WITH, TARGET[:1]), ValueError, "output.prediction and target must have one shape"),
+        (lambda: published_loss(WITH._replace(prediction=TARGET / 0), TARGET), NonFiniteLoss, "term 'forecast'.*nan"),
+    ],
+)
+def test_bad_input_is_named(call, error, says):
+    with pytest.raises(error, match=says):
+        call()
+
+
+@given(st.integers(0, 10**6), st.sampled_from([math.nan, math.inf, -math.inf]))
+@settings(max_examples=20)
+def test_no_silent_nan(seed, bad):
+    history, beside = random(2, 12, 4, seed=seed), random(2, 8, 3, seed=seed)
+    for name, whole in (("history", history), ("exogenous", beside)):
+        spoilt = whole.clone()
+        spoilt.view(-1)[seed % whole.numel()] = bad
+        arguments = {"history": history, "exogenous": beside, name: spoilt}
+        with pytest.raises(ValueError, match=f"{name} must hold finite numbers only; 1 of its"):
+            small()(**arguments)
+
+
+@pytest.mark.parametrize("form", ["maps", "projections"])
+@pytest.mark.parametrize("name", ["layers.0.cross_attention.projection.weight", "head.weight"])
+def test_weights_that_diverged_are_named_by_the_loss(name, form):
+    model = small(attention_form=form)
+    model.get_parameter(name).data[0, 0] = math.nan
+    says = "term 'forecast' of the loss is nan" if name == "head.weight" else "penalised matrix W"
+    with pytest.raises(NonFiniteLoss, match=says):
+        documented_loss(model(random(2, 12, 4)), random(2, 5, 4))
+
+
+def test_loss_terms_is_what_every_loss_returns():
+    for loss in (documented_loss(WITH, TARGET + 1, 2.0), published_loss(WITH, TARGET + 1)):
+        assert isinstance(loss, LossTerms)
+        assert loss.total.item() == pytest.approx(sum(term.item() for term in loss.terms.values()))
