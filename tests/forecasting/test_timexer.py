@@ -511,7 +511,7 @@ def test_saved_and_loaded(tmp_path, variable_token):
 @pytest.mark.parametrize("masked", [False, True])
 def test_compiled_without_a_compiler(masked):
     """Forecast and gradients of a compiled model are the model's own."""
-    model, history, target = small(endogenous=0), random(2, 12, 4), random(2, 5, 1, seed=1)
+    model, history, target = small(endogenous=0, layers=1), random(2, 12, 4), random(2, 5, 1, seed=1)
     beside = random(2, 7, 2)
     extra = (beside, beside > 0) if masked else ()
     gradients = []
