@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from mini_impl.forecasting.data import load_auckland
 from mini_impl.forecasting.layers import normalise
@@ -290,6 +291,14 @@ def test_cropping_the_kernel_changes_nothing(rows, columns, half_height, half_wi
     )
 
 
+def test_what_is_cropped_is_not_computed():
+    """On 2 rows and 5 columns 3 x 9 entries of a kernel of 11 x 11 are left."""
+    kernel, bias = torch.zeros(6, 4, 11, 11), torch.zeros(6)
+    with FlopCounterMode(display=False) as counter:
+        convolve(torch.zeros(3, 4, 2, 5), kernel, bias)
+    assert counter.get_total_flops() == 2 * 3 * 6 * 4 * (2 * 5) * (3 * 9)
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(2, 5), (1, 3), (6, 6)])
 def test_gradients_of_a_convolution_with_cropped_kernel(rows, columns):
     parts = random(1, 2, rows, columns), random(2, 2, 5, 7, seed=1), random(2, seed=2)
@@ -317,6 +326,16 @@ def test_numbers_of_weights():
     assert kernel.numel() == 16 * 32 * 11 * 11 == 61952
     line = Inception(16, 32, 6, "within")
     assert sum(kernel.weight.numel() for kernel in line.kernels) == 16 * 32 * (1 + 3 + 5 + 7 + 9 + 11) == 18432
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_first_weights(shape):
+    """As in the paper's public code: normal, of variance 2 over the entries that one input feature has a part in."""
+    torch.manual_seed(0)
+    for kernel in Inception(64, 48, 3, shape).kernels:
+        entries = 48 * math.prod(kernel.kernel_size)
+        assert kernel.weight.std().item() == pytest.approx((2 / entries) ** 0.5, rel=0.05)
+        assert not kernel.bias.any()
 
 
 @pytest.mark.parametrize(("shape", "along"), [("within", 0), ("across", 1), ("inception", None)])
