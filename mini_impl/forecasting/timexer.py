@@ -74,8 +74,8 @@ class TimeXer(nn.Module):
 
     model(history [batch, history, variable], exogenous=None, exogenous_mask=None) -> Output.
     exogenous: more exogenous series, [batch, time, variable]; time at most history: those that begin later are aligned
-    at the end. exogenous_mask: bool, same shape; False where a value is missing (NaN is allowed there). A series without
-    a single value in a window gets no attention there; each window needs one exogenous series with a value.
+    at the end. exogenous_mask: bool, same shape; False where a value is missing (NaN is allowed there). A series
+    without a single value in a window gets no attention there; each window needs one exogenous series with a value.
     Raises TypeError, ValueError. Source: documented steps 1 to 4; each window on its own scale as in the paper.
     """
 
