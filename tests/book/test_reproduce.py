@@ -1,6 +1,7 @@
 """book/experiments/reproduce.py on small tables: it goes on after a stop, keeps what is finished, names what fails."""
 
 import importlib.util
+import inspect
 import json
 import multiprocessing
 import os
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from books import ROOT
+
+from mini_impl import cli
 
 SCRIPT = ROOT / "book" / "experiments" / "reproduce.py"
 
@@ -78,8 +81,10 @@ def test_every_command_of_the_table_is_one_that_the_program_takes(reproduce):
 
 
 def test_the_protocol_of_the_terms(reproduce):
-    """A grid that holds 0, the published loss too, three seeds; nothing else differs between the runs of a model."""
+    """A grid around the default, with 0; the published loss too; three seeds; nothing else differs within a model."""
     for model, terms in reproduce.TERMS.items():
+        default = inspect.signature(cli.MODELS[model][0].documented_loss).parameters[terms.weight].default
+        assert terms.grid == pytest.approx((0, default / 10, default, 10 * default))
         options = [reproduce.options(run) for run in reproduce.all_runs() if (run.part, run.model) == ("terms", model)]
         weights = {dict(one.weight).get(terms.weight) if one.loss == "documented" else None for one in options}
         assert 0 in weights and None in weights and len(weights) == 5
