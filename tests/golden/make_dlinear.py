@@ -11,6 +11,16 @@ import torch
 from neuralforecast.models import DLinear
 
 
+def ours(peer: DLinear) -> dict:
+    """The peer's weights under our names."""
+    names = {"linear_trend": "trend", "linear_season": "seasonal"}
+    return {
+        f"{ours}.{kind}": getattr(getattr(peer, theirs), kind).tolist()
+        for theirs, ours in names.items()
+        for kind in ("weight", "bias")
+    }
+
+
 def case(history: int, horizon: int, kernel_size: int, batch: int, variables: int) -> dict:
     """Random weights and input, and the peer's forecast from them."""
     torch.manual_seed(history)
@@ -19,20 +29,11 @@ def case(history: int, horizon: int, kernel_size: int, batch: int, variables: in
     alone = series.mT.reshape(batch * variables, history, 1)
     with torch.no_grad():
         forecast = peer({"insample_y": alone, "hist_exog": None, "futr_exog": None, "stat_exog": None})
-    weights = {name: value.tolist() for name, value in peer.state_dict().items()}
     return {
         "history": history,
         "horizon": horizon,
         "kernel_size": kernel_size,
-        "weights": {
-            ours: weights[theirs]
-            for ours, theirs in {
-                "trend.weight": "linear_trend.weight",
-                "trend.bias": "linear_trend.bias",
-                "seasonal.weight": "linear_season.weight",
-                "seasonal.bias": "linear_season.bias",
-            }.items()
-        },
+        "weights": ours(peer),
         "input": series.tolist(),
         "prediction": forecast.view(batch, variables, horizon).mT.tolist(),
     }

@@ -45,7 +45,8 @@ def neuralforecast_weights(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
         "encoder.position": theirs["model.backbone.W_pos"],
         "head": part(theirs, "model.head.linear"),
     }
-    for layer in range(ENCODER["layers"]):
+    layers = sum(name.endswith("self_attn.W_Q.weight") for name in theirs)
+    for layer in range(layers):
         block, peer = f"encoder.blocks.{layer}", f"model.backbone.encoder.layers.{layer}"
         ours |= {
             f"{block}.attention.projection": stack(theirs, *(f"{peer}.self_attn.W_{letter}" for letter in "QKV")),
@@ -55,7 +56,8 @@ def neuralforecast_weights(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
             f"{block}.feed_forward.3": part(theirs, f"{peer}.ff.3"),
             f"{block}.feed_forward_norm": part(theirs, f"{peer}.norm_ffn.1"),
         }
-    by_feature = ours["head"]["weight"].unflatten(1, (ENCODER["width"], -1))  # [horizon, width, patch]
+    width = len(ours["encoder.embedding"]["weight"])
+    by_feature = ours["head"]["weight"].unflatten(1, (width, -1))  # [horizon, width, patch]
     ours["head"]["weight"] = by_feature.mT.flatten(1)
     return flatten(ours)
 
