@@ -1,92 +1,194 @@
-"""Time and memory of a training step beside other people's implementations (make bench).
+"""Time and memory of a training step beside neuralforecast's: make bench. Writes book/results/speed.json.
 
-Both take turns in one run, so that whatever else the machine does falls on both; what counts is the ratio.
+Both take turns in one run, so that whatever else the machine does falls on both; what counts is the ratio. Memory is
+measured in a process of its own for each: python -m bench --memory MODEL VARIANT.
 """
 
+import argparse
 import json
+import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
-from neuralforecast.models import DLinear as PeerDLinear
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
-from mini_impl.forecasting.dlinear import DLinear, documented_loss, published_loss
+from bench.pairs import HISTORY, HORIZON, PAIRS, WINDOWS, Pair
+from mini_impl.checkpoint import write_bytes
 
-ROUNDS, STEPS = 40, 50
+RESULT = Path(__file__).parents[1] / "book" / "results" / "speed.json"
+VARIANTS = ("published", "documented", "peer")
+ROUNDS, SECONDS = 20, 0.5  # turns of each variant, and how long one lasts at least
 
 
-def dlinear(loss: Callable) -> tuple[Callable, int]:
-    """So many training steps of our DLinear as `fit` does them, batch 32, 96 -> 96, 7 variables; and its parameters."""
-    model = DLinear(history=96, horizon=96)
+def training(pair: Pair, variant: str) -> Callable[[], None]:
+    """One step as `fit` does it: forecast, loss, gradients, Adam. variant: our two losses, or the peer with its MSE."""
+    torch.manual_seed(0)
+    series = torch.randn(WINDOWS, HISTORY + HORIZON, pair.variables)
+    model = pair.peer if variant == "peer" else pair.ours
+    model.train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-    history, target = torch.randn(2, 32, 96, 7)
+    if variant == "peer" and pair.univariate:
+        series = series.mT.reshape(-1, HISTORY + HORIZON, 1)
+    history, target = series[:, :HISTORY].contiguous(), series[:, HISTORY:].contiguous()
+    loss_function = getattr(pair.module, f"{variant}_loss", None)
 
-    def train(steps: int):
-        for _ in range(steps):
-            terms = loss(model(history), target)
+    def step() -> None:
+        if variant == "peer":
+            loss = F.mse_loss(peer_forecast(pair, history), target)
+        else:
+            if pair.documented_needs:
+                setattr(model, pair.documented_needs, variant == "documented")
+            terms = loss_function(model(history), target)
             terms.values()
-            optimizer.zero_grad()
-            terms.total.backward()
-            optimizer.step()
+            loss = terms.total
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
-    return train, sum(parameter.numel() for parameter in model.parameters())
-
-
-def peer_dlinear() -> tuple[Callable, int]:
-    """The same with neuralforecast's DLinear, which takes every variable as a series of its own."""
-    model = PeerDLinear(h=96, input_size=96, moving_avg_window=25).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-    history, target = torch.randn(2, 32 * 7, 96, 1)
-    batch = {"insample_y": history, "hist_exog": None, "futr_exog": None, "stat_exog": None}
-
-    def train(steps: int):
-        for _ in range(steps):
-            loss = torch.nn.functional.mse_loss(model(batch), target)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
-    return train, sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return step
 
 
-def milliseconds(train: Callable) -> float:
-    """Of one step, over STEPS of them."""
+def peer_forecast(pair: Pair, history: torch.Tensor) -> torch.Tensor:
+    """What neuralforecast's model returns for [batch, time, variable]."""
+    return pair.peer({"insample_y": history, "hist_exog": None, "futr_exog": None, "stat_exog": None})
+
+
+def largest_difference(pair: Pair) -> float:
+    """Between both forecasts of the same windows, without dropout."""
+    pair.ours.eval(), pair.peer.eval()
+    history = torch.randn(WINDOWS, HISTORY, pair.variables)
+    with torch.no_grad():
+        ours = pair.ours(history).prediction
+        if pair.univariate:
+            theirs = peer_forecast(pair, history.mT.reshape(-1, HISTORY, 1)).view(*ours.mT.shape).mT
+        else:
+            theirs = peer_forecast(pair, history)
+    return (ours - theirs).abs().max().item()
+
+
+def arithmetic(step: Callable[[], None]) -> int:
+    """Floating-point operations of the matrix products and convolutions in one step."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def matrix_speed() -> float:
+    """Floating-point operations a second of a 768 x 768 product, the best of a few."""
+    matrix = torch.randn(768, 768)
+    return 2 * 768**3 / min(milliseconds(lambda: matrix @ matrix, 20) / 1e3 for _ in range(10))
+
+
+def milliseconds(step: Callable[[], None], steps: int) -> float:
+    """Of one step, over so many."""
     start = time.perf_counter()
-    train(STEPS)
-    return (time.perf_counter() - start) / STEPS * 1e3
+    for _ in range(steps):
+        step()
+    return (time.perf_counter() - start) / steps * 1e3
+
+
+def compare(name: str) -> dict:
+    """Everything about one model beside its peer."""
+    torch.manual_seed(0)
+    pair = PAIRS[name]()
+    difference = largest_difference(pair)
+    steps = {variant: training(pair, variant) for variant in VARIANTS}
+    flops = {variant: arithmetic(step) for variant, step in steps.items()}
+    counts = {variant: max(1, round(SECONDS * 1e3 / milliseconds(step, 3))) for variant, step in steps.items()}
+    times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    speeds = [matrix_speed()]
+    for _ in tqdm(range(ROUNDS), desc=name, disable=None):
+        for variant, step in steps.items():
+            times[variant].append(milliseconds(step, counts[variant]))
+    speeds.append(matrix_speed())
+    ratios = {variant: [a / b for a, b in zip(times[variant], times["peer"], strict=True)] for variant in VARIANTS[:2]}
+    return {
+        "largest difference of the forecasts": difference,
+        "parameters": {
+            "ours": sum(parameter.numel() for parameter in pair.ours.parameters()),
+            "peer": sum(parameter.numel() for parameter in pair.peer.parameters() if parameter.requires_grad),
+        },
+        "series": f"{WINDOWS} windows of {pair.variables} variable{'s' * (pair.variables > 1)}",
+        "milliseconds, median": {variant: statistics.median(values) for variant, values in times.items()},
+        "ratio to the peer": {
+            variant: {"median": statistics.median(values), "least": min(values), "most": max(values)}
+            for variant, values in ratios.items()
+        },
+        "GFLOP": {variant: count / 1e9 for variant, count in flops.items()},
+        "matrix speed, GFLOP/s": max(speeds) / 1e9,
+        "floor, milliseconds": {variant: count / max(speeds) * 1e3 for variant, count in flops.items()},
+        "peak memory, MiB": {variant: peak_memory(name, variant) for variant in VARIANTS},
+    }
+
+
+def peak_memory(name: str, variant: str) -> float:
+    """MiB that a fresh process needs for a few steps, above what it held before the model was there."""
+    command = [sys.executable, "-m", "bench", "--memory", name, variant]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def measure_memory(name: str, variant: str) -> float:
+    """What peak_memory asks for, in this process (Linux)."""
+    pair = PAIRS[name]()
+    (pair.ours if variant == "peer" else pair.peer).to("meta")  # one of the two stays
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    step = training(pair, variant)
+    milliseconds(step, 5)
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> float:
+    """MiB of this process, now (VmRSS) or at most (VmHWM)."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) / 1024
+
+
+def report(result: dict) -> None:
+    """Print the result as a table."""
+    print(f"{'':<14}{'ms':>8}{'peer':>8}{'ratio':>7}{'least..most':>14}{'floor':>8}{'MiB':>7}{'peer':>7}")
+    for name, model in result["models"].items():
+        times, memory = model["milliseconds, median"], model["peak memory, MiB"]
+        for variant in VARIANTS[:2]:
+            ratio = model["ratio to the peer"][variant]
+            print(
+                f"{name if variant == 'published' else '  documented':<14}{times[variant]:8.2f}{times['peer']:8.2f}"
+                f"{ratio['median']:7.2f}{ratio['least']:8.2f}..{ratio['most']:.2f}"
+                f"{model['floor, milliseconds'][variant]:8.2f}{memory[variant]:7.0f}{memory['peer']:7.0f}"
+            )
 
 
 def main() -> None:
-    """Print one line of JSON with the medians and the ratios."""
-    torch.manual_seed(0)
+    """Compare the models, print a table, and write the result file if all of them were asked for."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument(
+        "models", nargs="*", choices=[*PAIRS, []], metavar="MODEL", help=f"of {', '.join(PAIRS)}; or all"
+    )
+    parser.add_argument("--memory", nargs=2, metavar=("MODEL", "VARIANT"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
     torch.set_num_threads(2)
-    trainings = {
-        "ours, published loss": dlinear(published_loss),
-        "ours, documented loss": dlinear(documented_loss),
-        "neuralforecast": peer_dlinear(),
-    }
-    times: dict[str, list[float]] = {name: [] for name in trainings}
-    for train, _ in trainings.values():
-        milliseconds(train)  # warm up
-    for _ in range(ROUNDS):
-        for name, (train, _) in trainings.items():
-            times[name].append(milliseconds(train))
-    peer = times["neuralforecast"]
+    if options.memory:
+        print(measure_memory(*options.memory))
+        return
     result = {
-        "what": "training step of DLinear, batch 32, 96 -> 96, 7 variables, 2 threads",
-        "machine": platform.machine(),
-        "versions": {name: version(name) for name in ("torch", "neuralforecast")},
-        "parameters": {name: count for name, (_, count) in trainings.items()},
-        "milliseconds, median": {name: round(statistics.median(values), 3) for name, values in times.items()},
-        "ratio to neuralforecast, median of the rounds": {
-            name: round(statistics.median(a / b for a, b in zip(values, peer, strict=True)), 3)
-            for name, values in times.items()
-        },
+        "command": "python -m bench",
+        "what": f"training step, batch {WINDOWS}, {HISTORY} -> {HORIZON}, 2 threads, float32, Adam",
+        "machine": {"kind": platform.machine(), "cores": os.cpu_count()},
+        "versions": {name: version(name) for name in ("mini_impl", "torch", "neuralforecast")},
+        "models": {name: compare(name) for name in options.models or PAIRS},
     }
-    print(json.dumps(result, indent=1))
+    report(result)
+    if not options.models:
+        write_bytes(RESULT, (json.dumps(result, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

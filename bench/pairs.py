@@ -1,0 +1,126 @@
+"""Each forecaster beside neuralforecast's, with the same weights: the same numbers in, the same numbers out.
+
+Sizes as in the public scripts for ETTh1: 96 -> 96, batch 32. Where the peer departs from the paper, or does more than
+ours, it is changed here: PatchTST without the sum of attention scores over layers, TimeXer with GELU, and no dropout of
+attention maps.
+"""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from neuralforecast import models as peers
+from torch import nn
+
+from mini_impl.forecasting import dlinear, itransformer, patchtst, timesnet, timexer
+from tests.golden import make_dlinear, make_itransformer, make_patchtst, make_timesnet, make_timexer
+
+HISTORY = HORIZON = 96
+WINDOWS = 32
+
+
+class Pair(NamedTuple):
+    """Two models that compute the same."""
+
+    ours: nn.Module
+    peer: nn.Module
+    univariate: bool  # the peer takes every variable as a series of its own
+    variables: int
+    module: ModuleType  # with our losses
+    documented_needs: str | None  # our model's attribute that must be True for the documented loss
+
+
+def dlinear_pair() -> Pair:
+    ours = dlinear.DLinear(HISTORY, HORIZON)
+    peer = peers.DLinear(h=HORIZON, input_size=HISTORY, moving_avg_window=25)
+    load(ours, make_dlinear.ours(peer))
+    return Pair(ours, peer, True, 7, dlinear, None)
+
+
+def patchtst_pair() -> Pair:
+    ours = patchtst.PatchTST(HISTORY, HORIZON)
+    peer = peers.PatchTST(
+        h=HORIZON,
+        input_size=HISTORY,
+        patch_len=16,
+        stride=8,
+        hidden_size=16,
+        n_heads=4,
+        encoder_layers=3,
+        linear_hidden_size=128,
+        dropout=0.3,
+        fc_dropout=0.3,
+        revin_subtract_last=False,
+        batch_normalization=False,
+        res_attention=False,
+    )
+    load(ours, make_patchtst.neuralforecast_weights(peer.state_dict()))
+    return Pair(ours, peer, True, 7, patchtst, "return_attention")
+
+
+def itransformer_pair() -> Pair:
+    ours = itransformer.ITransformer(HISTORY, HORIZON)
+    peer = peers.iTransformer(
+        h=HORIZON, input_size=HISTORY, n_series=7, hidden_size=256, n_heads=8, e_layers=2, d_ff=256, dropout=0.1
+    )
+    load(ours, make_itransformer.ours(peer))
+    return Pair(ours, without_map_dropout(peer), False, 7, itransformer, None)
+
+
+def timesnet_pair() -> Pair:
+    ours = timesnet.TimesNet(HISTORY, HORIZON, 1, convolution="inception")
+    peer = peers.TimesNet(
+        h=HORIZON,
+        input_size=HISTORY,
+        hidden_size=16,
+        conv_hidden_size=32,
+        top_k=5,
+        num_kernels=6,
+        encoder_layers=2,
+        dropout=0.1,
+    )
+    load(ours, {make_timesnet.rename(name): value for name, value in peer.named_parameters()})
+    return Pair(ours, peer, True, 1, timesnet, "return_frequency_features")
+
+
+def timexer_pair() -> Pair:
+    ours = timexer.TimeXer(HISTORY, HORIZON, 7, variable_token="learned")
+    peer = peers.TimeXer(
+        h=HORIZON,
+        input_size=HISTORY,
+        n_series=7,
+        patch_len=16,
+        hidden_size=256,
+        n_heads=8,
+        e_layers=1,
+        d_ff=2048,
+        dropout=0.1,
+    )
+    load(ours, make_timexer.ours(peer))
+    for layer in peer.encoder.layers:
+        layer.activation = F.gelu
+    return Pair(ours, without_map_dropout(peer), False, 7, timexer, "return_attention")
+
+
+PAIRS: dict[str, Callable[[], Pair]] = {
+    "DLinear": dlinear_pair,
+    "PatchTST": patchtst_pair,
+    "iTransformer": itransformer_pair,
+    "TimesNet": timesnet_pair,
+    "TimeXer": timexer_pair,
+}
+
+
+def load(ours: nn.Module, weights: dict) -> None:
+    """Give our model the peer's weights. Entries that we have and the peer has not would be an error."""
+    ours.load_state_dict({name: torch.as_tensor(value) for name, value in weights.items()}, strict=False)
+
+
+def without_map_dropout(peer: nn.Module) -> nn.Module:
+    """The peer, but for dropout on the attention maps, which ours does without."""
+    for part in peer.modules():
+        if type(part).__name__ == "FullAttention":
+            part.dropout.p = 0.0
+    return peer
