@@ -73,7 +73,7 @@ def normalise(series: Tensor, observed: Tensor | None = None) -> tuple[Tensor, T
     """Take each variable's mean over the window away and divide by its standard deviation; denormalise undoes it.
 
     series: [batch, time, variable]. observed: bool, same shape: False where a value is missing; such values count
-    neither in mean nor deviation and become 0. Each variable of each window needs one that is there.
+    neither in mean nor deviation and become 0. A variable without a single value counts as constant.
     Returns (scaled [batch, time, variable], mean [batch, 1, variable], std [batch, 1, variable]):
     scaled = (x - mean) / std, std = sqrt(variance + 1e-5), so that a constant window becomes 0.
     Source: Kim et al., "Reversible Instance Normalization", 2022, without its learned scale; Liu et al.,
@@ -83,7 +83,7 @@ def normalise(series: Tensor, observed: Tensor | None = None) -> tuple[Tensor, T
         variance, mean = torch.var_mean(series, dim=1, correction=0, keepdim=True)
         std = (variance + 1e-5).sqrt()
         return (series - mean) / std, mean, std
-    count = observed.sum(1, keepdim=True)
+    count = observed.sum(1, keepdim=True).clamp(min=1)
     mean = series.where(observed, 0).sum(1, keepdim=True) / count
     centred = (series - mean).where(observed, 0)
     std = (centred.square().sum(1, keepdim=True) / count + 1e-5).sqrt()

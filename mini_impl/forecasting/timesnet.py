@@ -125,11 +125,14 @@ class TimesBlock(nn.Module):
         branches = features.new_zeros(*weights.shape, *features.shape[1:]) if return_branches else None
         for period in periods.unique().tolist():  # equal periods are folded once
             chosen = (periods == period).expand_as(weights)  # [batch, k]
-            windows = chosen.any(1).nonzero().flatten()  # all of them, unless each has periods of its own
+            share = (weights * chosen).sum(1)  # [batch]
+            windows = (chosen.any(1) if return_branches else share > 0).nonzero().flatten()  # where it counts
+            if len(windows) == 0:
+                continue
             plane = fold(features[windows], period)
             plane = convolve(F.gelu(convolve(plane, *widen)), *narrow)
             branch = torch.zeros_like(features).index_copy(0, windows, unfold(plane, time))
-            total = total + (weights * chosen).sum(1)[:, None, None] * branch
+            total = total + share[:, None, None] * branch
             if return_branches:
                 branches = torch.where(chosen[..., None, None], branch[:, None], branches)
         return total, branches

@@ -142,11 +142,10 @@ class TimeXer(nn.Module):
         present = None
         if exogenous is not None:
             observed = torch.ones_like(exogenous, dtype=torch.bool) if observed is None else observed
-            some = observed.any(1, keepdim=True)  # [batch, 1, variable]; a series without any value counts as constant
-            more, _, _ = normalise(exogenous.where(some, 0), observed | ~some)
+            more, _, _ = normalise(exogenous, observed)
             more = F.pad(more, (0, 0, self.history - exogenous.shape[1], 0))  # 0 is the mean
             there = scaled.new_ones(len(scaled), scaled.shape[2], dtype=torch.bool)
-            present = torch.cat([there, some[:, 0]], dim=1)
+            present = torch.cat([there, observed.any(1)], dim=1)
             scaled = torch.cat([scaled, more], dim=2)
         return self.dropout(self.exogenous_embedding(scaled.mT)), present
 
