@@ -1,8 +1,8 @@
 """Each forecaster beside neuralforecast's, with the same weights: the same numbers in, the same numbers out.
 
 Sizes as in the public scripts for ETTh1: 96 -> 96, batch 32. Where the peer departs from the paper, or does more than
-ours, it is changed here: PatchTST without the sum of attention scores over layers, TimeXer with GELU, and no dropout of
-attention maps.
+ours, it is changed here: PatchTST without the sum of attention scores over layers, TimeXer with GELU, TimesNet with the
+normalisation that it leaves to its caller, and no dropout of attention maps.
 """
 
 from collections.abc import Callable
@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from neuralforecast import models as peers
-from torch import nn
+from torch import Tensor, nn
 
 from mini_impl.forecasting import dlinear, itransformer, patchtst, timesnet, timexer
+from mini_impl.forecasting.layers import denormalise, normalise
 from tests.golden import make_dlinear, make_itransformer, make_patchtst, make_timesnet, make_timexer
 
 HISTORY = HORIZON = 96
@@ -82,7 +83,7 @@ def timesnet_pair() -> Pair:
         dropout=0.1,
     )
     load(ours, {make_timesnet.rename(name): value for name, value in peer.named_parameters()})
-    return Pair(ours, peer, True, 1, timesnet, "return_frequency_features")
+    return Pair(ours, Normalised(peer), True, 1, timesnet, "return_frequency_features")
 
 
 def timexer_pair() -> Pair:
@@ -111,6 +112,18 @@ PAIRS: dict[str, Callable[[], Pair]] = {
     "TimesNet": timesnet_pair,
     "TimeXer": timexer_pair,
 }
+
+
+class Normalised(nn.Module):
+    """A peer that leaves it to its caller to give each window a scale of its own."""
+
+    def __init__(self, peer: nn.Module):
+        super().__init__()
+        self.peer = peer
+
+    def forward(self, batch: dict) -> Tensor:
+        scaled, mean, std = normalise(batch["insample_y"])
+        return denormalise(self.peer({**batch, "insample_y": scaled}), mean, std)
 
 
 def load(ours: nn.Module, weights: dict) -> None:

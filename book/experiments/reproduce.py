@@ -53,7 +53,7 @@ ACCURACY = {
     "patchtst": ("--batch-size 32 --learning-rate 0.001", 70),
     "itransformer": ("--batch-size 32 --learning-rate 0.0001", 40),
     "timesnet": ("--batch-size 32 --learning-rate 0.0001 --set convolution=inception", 450),
-    "timexer": ("--batch-size 4 --learning-rate 0.0001 --set variable_token=learned", 400),
+    "timexer": ("--batch-size 32 --learning-rate 0.0001 --set variable_token=learned --set feed_forward_width=512", 200),
 }
 
 
