@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -77,7 +78,7 @@ def largest_difference(pair: Pair) -> float:
 
 def arithmetic(step: Callable[[], None]) -> int:
     """Floating-point operations of the matrix products and convolutions in one step."""
-    with FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused attention is not counted
         step()
     return counter.get_total_flops()
 
@@ -131,7 +132,7 @@ def compare(name: str) -> dict:
 
 
 def peak_memory(name: str, variant: str) -> float:
-    """MiB that a fresh process needs for a few steps, above what it held before the model was there."""
+    """MiB that a fresh process needs for a few steps, beside the weights: activations, gradients, Adam's memory."""
     command = [sys.executable, "-m", "bench", "--memory", name, variant]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 

@@ -62,7 +62,7 @@ def patchtst_pair() -> Pair:
 
 
 def itransformer_pair() -> Pair:
-    ours = itransformer.ITransformer(HISTORY, HORIZON)
+    ours = itransformer.ITransformer(HISTORY, HORIZON, embedding="linear")
     peer = peers.iTransformer(
         h=HORIZON, input_size=HISTORY, n_series=7, hidden_size=256, n_heads=8, e_layers=2, d_ff=256, dropout=0.1
     )
@@ -127,8 +127,8 @@ class Normalised(nn.Module):
 
 
 def load(ours: nn.Module, weights: dict) -> None:
-    """Give our model the peer's weights. Entries that we have and the peer has not would be an error."""
-    ours.load_state_dict({name: torch.as_tensor(value) for name, value in weights.items()}, strict=False)
+    """Give our model the peer's weights."""
+    ours.load_state_dict({name: torch.as_tensor(value) for name, value in weights.items()})
 
 
 def without_map_dropout(peer: nn.Module) -> nn.Module:

@@ -113,15 +113,20 @@ def patches(time: int, patch_length, stride) -> None:
         )
 
 
-def visible_patches(patch_count: int, mask_ratio) -> int:
-    """Return how many of the patches a mask leaves visible. Raises TypeError, ValueError if that is none or all."""
-    visible = int(patch_count * (1 - fraction("mask_ratio", mask_ratio)) + 1e-9)  # 5 * (1 - 0.8) = 0.9999..., not 1
+def hides_some(name: str, ratio, visible: int, patch_count: int) -> None:
+    """Raise ValueError unless a mask leaves some of the patches visible and hides some."""
     if not 0 < visible < patch_count:
         raise ValueError(
-            f"mask_ratio must leave some of the {patch_count} patches visible and hide some; "
-            f"{mask_ratio} leaves {visible} visible"
+            f"{name} must leave some of the {patch_count} patches visible and hide some; "
+            f"{ratio} leaves {visible} visible"
         )
-    return visible
+
+
+def flag(name: str, value) -> bool:
+    """Return `value` if it is True or False. Raises TypeError."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False; got {value!r}")
+    return value
 
 
 def number(name: str, value, least: float = -math.inf, above: float = -math.inf) -> float:
@@ -222,26 +227,56 @@ def exogenous(history: Tensor, value, mask, in_history: int) -> None:
         raise ValueError(f"exogenous_mask leaves no exogenous value at all in the windows {empty}; drop those windows")
 
 
-def forecast(output, target) -> None:
-    """Raise unless `output` is a forecaster's and `target` fits its prediction [batch, horizon, variable]."""
-    if not hasattr(output, "prediction"):
-        raise TypeError(f"output must be what a model returned, with .prediction; got {type(output).__name__}")
+def forecast(output, target, extra: str = "prediction") -> None:
+    """Raise unless `output` is a forecaster's and `target` fits its prediction [batch, horizon, variable].
+
+    extra: another field that the loss needs, and that another model's output may not have.
+    """
+    for field in ("prediction", extra):
+        if not hasattr(output, field):
+            got = f"{type(output).__module__}.{type(output).__name__}"
+            raise TypeError(f"output must be what this module's model returned, with .{field}; got {got}")
     tensor("target", target, "batch", "horizon", "variable", finite=False)
     tensor("output.prediction", output.prediction, "batch", "horizon", "variable", finite=False)
     alike("output.prediction", output.prediction, "target", target)
     all_finite("target", target)
 
 
-def returned(name: str, value, setting: str) -> None:
-    """Raise ValueError if a model's extra output is None, as it is unless the model was made with a setting."""
+def returned(name: str, value, setting: str, *axes) -> None:
+    """Raise unless a model's extra output has these axes; it is None if the model was made without a setting."""
     if value is None:
         raise ValueError(f"{name} is None: make the model with {setting}, so that it returns what this loss needs")
+    tensor(name, value, *axes, finite=False)
+
+
+def windows(name: str, value: Tensor, count: int) -> None:
+    """Raise ValueError unless the first axis of an extra output is as long as the target asks for."""
+    if len(value) != count:
+        raise ValueError(f"{name} must have {count} windows, as the target has; got {list(value.shape)}")
+
+
+def matrices(name: str, value, setting: str) -> None:
+    """Raise unless an extra output is a tuple of one matrix a layer; what is in it is for the loss to check."""
+    if value is None:
+        raise ValueError(f"{name} is None: make the model with {setting}, so that it returns what this loss needs")
+    if not isinstance(value, tuple) or not value:
+        got = "an empty one" if isinstance(value, tuple) else type(value).__name__
+        raise TypeError(f"{name} must be a tuple of one matrix a layer; got {got}")
+
+
+def patch_mask(name: str, mask, patches: Tensor) -> None:
+    """Raise unless a mask [batch, variable, patch] is bool, fits the patches and hides some of them."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != patches.shape[:-1]:
+        got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"{name} must be a bool tensor {list(patches.shape[:-1])}; got {got}")
+    if not mask.any():
+        raise ValueError(f"{name} hides no patch, so that there is nothing to reconstruct")
 
 
 def frequency_features(value, target: Tensor) -> None:
     """Raise unless TimesNet's extra output was asked for and has the windows and steps of the target."""
-    returned("output.frequency_features", value, "return_frequency_features=True")
-    tensor("output.frequency_features", value, "batch", "horizon", "period", "feature", finite=False)
+    axes = ("batch", "horizon", "period", "feature")
+    returned("output.frequency_features", value, "return_frequency_features=True", *axes)
     if value.shape[:2] != target.shape[:2]:
         raise ValueError(
             "output.frequency_features and target must have the same windows and steps, their first two axes; "

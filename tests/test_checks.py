@@ -179,7 +179,7 @@ def test_history(value, error, words):
 @pytest.mark.parametrize(
     ("output", "target", "error", "words"),
     [
-        (torch.zeros(4, 3, 2), torch.zeros(4, 3, 2), TypeError, r"output must be what a model returned, .*got Tensor"),
+        (torch.zeros(4, 3, 2), torch.zeros(4, 3, 2), TypeError, "output must be what .*got torch.Tensor"),
         (
             Output(torch.zeros(4, 3, 2)),
             torch.zeros(4, 3, 1),

@@ -51,9 +51,12 @@ class Run(NamedTuple):
 ACCURACY = {
     "dlinear": ("--batch-size 32 --learning-rate 0.002", 4),
     "patchtst": ("--batch-size 32 --learning-rate 0.001", 70),
-    "itransformer": ("--batch-size 32 --learning-rate 0.0001", 40),
+    "itransformer": ("--batch-size 32 --learning-rate 0.0001 --set embedding=linear", 40),
     "timesnet": ("--batch-size 32 --learning-rate 0.0001 --set convolution=inception", 450),
-    "timexer": ("--batch-size 32 --learning-rate 0.0001 --set variable_token=learned --set feed_forward_width=512", 200),
+    "timexer": (
+        "--batch-size 32 --learning-rate 0.0001 --set variable_token=learned --set feed_forward_width=512",
+        200,
+    ),
 }
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mini_impl import checks
-from mini_impl.forecasting.layers import Dropout, EncoderBlock, denormalise, normalise
+from mini_impl.forecasting.layers import Dropout, EncoderBlock, denormalise, encode, normalise
 from mini_impl.losses import LossTerms, orthogonality
 
 
@@ -26,10 +26,11 @@ class ITransformer(nn.Module):
     """Forecast all variables together: their whole pasts are the tokens of a transformer.
 
     history, horizon: how many steps it sees and forecasts. width, heads, layers, feed_forward_width, dropout: of the
-    transformer. embedding: "linear", one linear map history -> width, as in the public code; "mlp", two with GELU
-    between them, as the text has it. return_attention: fill Output.attention, the multivariate correlation map.
+    transformer. embedding: "mlp", two linear maps history -> width -> width with GELU between them, as documented;
+    "linear", one, as in the public code. return_attention: fill Output.attention, the multivariate correlation map.
     model(history [batch, history, variable]) -> Output; any number of variables, in any order.
-    Raises TypeError, ValueError. Source: documented steps 1 to 5; each window on its own scale as in the paper.
+    Raises TypeError, ValueError. Source: documented steps 1 to 5; each window on its own scale as in the paper, a last
+    LayerNorm as in its public code.
     """
 
     def __init__(
@@ -41,19 +42,17 @@ class ITransformer(nn.Module):
         layers: int = 2,
         feed_forward_width: int = 256,
         dropout: float = 0.1,
-        embedding: str = "linear",
+        embedding: str = "mlp",
         return_attention: bool = False,
     ):
         super().__init__()
         self.history = checks.integer("history", history)
         self.horizon = checks.integer("horizon", horizon)
-        self.return_attention = return_attention
-        self.embedding = nn.Linear(history, checks.integer("width", width))
-        checks.choice("embedding", embedding, ("linear", "mlp"))
-        if embedding == "mlp":
-            self.embedding = nn.Sequential(self.embedding, nn.GELU(), nn.Linear(width, width))
+        self.return_attention = checks.flag("return_attention", return_attention)
+        checks.choice("embedding", embedding, ("mlp", "linear"))
+        first = nn.Linear(history, checks.integer("width", width))
+        self.embedding = first if embedding == "linear" else nn.Sequential(first, nn.GELU(), nn.Linear(width, width))
         self.dropout = Dropout(dropout)
-        checks.integer("feed_forward_width", feed_forward_width)
         self.blocks = nn.ModuleList(
             EncoderBlock(width, heads, feed_forward_width, dropout) for _ in range(checks.integer("layers", layers))
         )
@@ -63,11 +62,10 @@ class ITransformer(nn.Module):
     def forward(self, history: Tensor) -> Output:
         checks.history(history, self.history, self.projection.weight)
         scaled, mean, std = normalise(history)
-        embedding = self.embedding(scaled.mT)  # [batch, variable, width]
-        tokens = self.dropout(embedding)
-        for block in self.blocks:
-            tokens, attention = block(tokens, return_map=self.return_attention and block is self.blocks[-1])
-        forecast = self.projection(self.norm(tokens))  # [batch, variable, horizon]
+        embedding = self.embedding(scaled.mT)  # 1. [batch, variable, width]
+        # 2. to 4., in each block: attention between variables, LayerNorm of each, feed-forward on each
+        tokens, attention = encode(self.blocks, self.dropout(embedding), self.return_attention)
+        forecast = self.projection(self.norm(tokens))  # 5. [batch, variable, horizon]
         return Output(
             prediction=denormalise(forecast.mT, mean, std),
             embedding=embedding,
@@ -84,7 +82,9 @@ def documented_loss(output: Output, target: Tensor, orthogonality_weight: float 
     With fewer variables than features the second term is at least mu (width - variables) in the Frobenius norm.
     Terms: "forecast" and "orthogonality". Raises TypeError, ValueError. Source: the documented loss.
     """
-    checks.forecast(output, target)
+    checks.forecast(output, target, "embedding")
+    checks.tensor("output.embedding", output.embedding, "batch", "variable", "width", finite=False)
+    checks.windows("output.embedding", output.embedding, len(target))
     checks.number("orthogonality_weight", orthogonality_weight, least=0)
     return LossTerms.of(
         forecast=F.smooth_l1_loss(output.prediction, target),

@@ -4,6 +4,7 @@ Sources: the documented system "PatchTST"; Nie et al., "A Time Series is Worth 6
 """
 
 import copy
+import math
 from typing import NamedTuple
 
 import torch
@@ -12,15 +13,16 @@ from torch import Tensor, nn
 
 from mini_impl import checks
 from mini_impl.forecasting.data import Windows
-from mini_impl.forecasting.layers import Dropout, EncoderBlock, denormalise, normalise, patches
+from mini_impl.forecasting.layers import Dropout, EncoderBlock, denormalise, encode, normalise, patches
 from mini_impl.losses import LossTerms, kl_from_uniform
 
 
 def pad_end(series: Tensor, patch_length: int, stride: int) -> Tensor:
-    """Repeat the last value until one more patch fits, so that the newest steps lie in two patches.
+    """Repeat the last value, at most `stride` times, until one patch more fits than without.
 
-    series: [.., time]. Returns [.., time + 1 to stride steps]. Source: the paper, section 3.1.
+    series: [.., time]. Returns [.., time and 1 to stride steps more]. Source: the paper, section 3.1.
     """
+    checks.integer("stride", stride)
     extra = stride - (series.shape[-1] - patch_length) % stride
     return torch.cat([series, series[..., -1:].expand(*series.shape[:-1], extra)], dim=-1)
 
@@ -53,17 +55,14 @@ class Encoder(nn.Module):
         self.embedding = nn.Linear(patch_length, checks.integer("width", width))
         self.position = nn.Parameter(torch.empty(patch_count, width).uniform_(-0.02, 0.02))
         self.dropout = Dropout(dropout)
-        checks.integer("feed_forward_width", feed_forward_width)
         self.blocks = nn.ModuleList(
             EncoderBlock(width, heads, feed_forward_width, dropout, norm=BatchNorm)
             for _ in range(checks.integer("layers", layers))
         )
 
     def forward(self, pieces: Tensor, return_map: bool = False) -> tuple[Tensor, Tensor | None]:
-        tokens = self.dropout(self.embedding(pieces) + self.position)
-        for block in self.blocks:
-            tokens, attention = block(tokens, return_map=return_map and block is self.blocks[-1])
-        return tokens, attention
+        tokens = self.dropout(self.embedding(pieces) + self.position)  # 2. into the latent space
+        return encode(self.blocks, tokens, return_map)  # 3. attention between patches
 
 
 # --- supervised -------------------------------------------------------------------------------------------------------
@@ -83,8 +82,8 @@ class PatchTST(nn.Module):
     pad_end: repeat the last value, so that one more patch fits; without it the patches must cover the history evenly.
     width, heads, layers, feed_forward_width, dropout: of the encoder. return_attention: fill Output.attention.
     model(history [batch, history, variable]) -> Output. Raises TypeError, ValueError.
-    Source: documented steps 1 to 4. What the text leaves out (each window on its own scale, positions, the linear
-    head) as in the paper; the public code's sum of attention scores over layers, not in the paper, is left out.
+    Source: documented steps 1 to 4. What the text leaves out (each window on its own scale, positions, BatchNorm, the
+    linear head) as in the paper; the public code's sum of attention scores over layers, not in the paper, is left out.
     """
 
     def __init__(
@@ -106,8 +105,8 @@ class PatchTST(nn.Module):
         self.horizon = checks.integer("horizon", horizon)
         self.patch_length = checks.integer("patch_length", patch_length, most=history, why="the history")
         self.stride = checks.integer("stride", stride)
-        self.pad_end = pad_end
-        self.return_attention = return_attention
+        self.pad_end = checks.flag("pad_end", pad_end)
+        self.return_attention = checks.flag("return_attention", return_attention)
         patch_count = self.cut(torch.empty(1, history, 1)).shape[2]
         self.encoder = Encoder(patch_count, patch_length, width, heads, layers, feed_forward_width, dropout)
         self.head = nn.Linear(patch_count * width, horizon)
@@ -120,9 +119,9 @@ class PatchTST(nn.Module):
     def forward(self, history: Tensor) -> Output:
         checks.history(history, self.history, self.head.weight)
         scaled, mean, std = normalise(history)
-        pieces = self.cut(scaled).flatten(0, 1)  # [batch * variable, patch, patch_length]
+        pieces = self.cut(scaled).flatten(0, 1)  # 1. [batch * variable, patch, patch_length]
         tokens, attention = self.encoder(pieces, return_map=self.return_attention)
-        forecast = self.head(tokens.flatten(1))  # [batch * variable, horizon]
+        forecast = self.head(tokens.flatten(1))  # 4. [batch * variable, horizon]
         forecast = forecast.view(len(history), -1, self.horizon).mT  # [batch, horizon, variable]
         return Output(prediction=denormalise(forecast, mean, std), attention=attention)
 
@@ -132,7 +131,8 @@ class PatchTST(nn.Module):
     ) -> "PatchTST":
         """A forecaster with a copy of a pre-trained encoder and a new head.
 
-        linear_probe: train the head alone; the encoder's weights then need no gradient. Otherwise all is trained on.
+        linear_probe: train the head alone; the encoder's weights then need no gradient (in train mode it still drops
+        out, and its BatchNorm follows the data, as in public code). Otherwise all is trained on.
         Source: the paper, section 4.2.
         """
         if not isinstance(masked, MaskedPatchTST):
@@ -140,7 +140,8 @@ class PatchTST(nn.Module):
         length, width = masked.patch_length, masked.encoder.embedding.out_features
         sizes = {"patch_length": length, "stride": length, "width": width, "heads": 1, "layers": 1}
         model = cls(masked.history, horizon, pad_end=False, return_attention=return_attention, **sizes)
-        model.encoder = copy.deepcopy(masked.encoder).requires_grad_(not linear_probe)  # in place of the one just made
+        model.encoder = copy.deepcopy(masked.encoder).train()  # in place of the one just made
+        model.encoder.requires_grad_(not checks.flag("linear_probe", linear_probe))
         return model.to(masked.head.weight)
 
 
@@ -156,8 +157,9 @@ def documented_loss(
     The KL lies between 0 and log(patches); its mean over all p counts.
     Terms: "forecast" and "uniformity". Raises TypeError, ValueError. Source: the documented loss.
     """
-    checks.forecast(output, target)
-    checks.returned("output.attention", output.attention, "return_attention=True")
+    checks.forecast(output, target, "attention")
+    checks.returned("output.attention", output.attention, "return_attention=True", "window", "head", "query", "key")
+    checks.windows("output.attention", output.attention, len(target) * target.shape[2])
     checks.number("uniformity_weight", uniformity_weight, least=0)
     checks.choice("reading", reading, ("received", "rows"))
     p = output.attention if reading == "rows" else output.attention.mean((1, 2))  # [.., key]
@@ -222,7 +224,9 @@ class MaskedPatchTST(nn.Module):
         self.history = checks.integer("history", history)
         self.patch_length = checks.divides("patch_length", patch_length, "history", history)
         patch_count = history // patch_length
-        self.visible = checks.visible_patches(patch_count, mask_ratio)
+        hidden_share = checks.fraction("mask_ratio", mask_ratio)
+        self.visible = math.floor(patch_count * (1 - hidden_share) + 1e-9)  # 5 (1 - 0.8) is 0.9999..
+        checks.hides_some("mask_ratio", mask_ratio, self.visible, patch_count)
         self.encoder = Encoder(patch_count, patch_length, width, heads, layers, feed_forward_width, dropout)
         self.head = nn.Linear(width, patch_length)
 
@@ -233,7 +237,7 @@ class MaskedPatchTST(nn.Module):
         mask = random_mask(whole.shape[:3], self.visible, generator).to(whole.device)
         visible = whole.masked_fill(mask[..., None], 0)
         tokens, _ = self.encoder(visible.flatten(0, 1))
-        return MaskedOutput(self.head(tokens).view_as(whole), whole, mask)
+        return MaskedOutput(reconstruction=self.head(tokens).view_as(whole), patches=whole, mask=mask)
 
 
 def masked_loss(output: MaskedOutput, target: Tensor | None = None) -> LossTerms:
@@ -245,6 +249,7 @@ def masked_loss(output: MaskedOutput, target: Tensor | None = None) -> LossTerms
     if not isinstance(output, MaskedOutput):
         raise TypeError(f"output must be what a MaskedPatchTST returned; got {type(output).__name__}")
     checks.alike("output.reconstruction", output.reconstruction, "output.patches", output.patches)
+    checks.patch_mask("output.mask", output.mask, output.patches)
     error = (output.reconstruction - output.patches).square().mean(-1)  # [batch, variable, patch]
     return LossTerms.of(reconstruction=error[output.mask].mean())
 

@@ -19,11 +19,12 @@ def dominant_periods(series: Tensor, k: int, per_window: bool = False) -> tuple[
     """The k strongest frequencies of a series: their periods, and how strong each is in each window.
 
     series: [batch, time, variable]. k: at most time // 2, the number of frequencies.
-    A frequency f is f cycles in `time` steps; its period is floor(time / f). Its amplitude is |rfft|, the mean over
-    variables. Which k are strongest is decided by the mean over the batch too, or, per_window, by each window alone.
+    A frequency f is f cycles in `time` steps; its period is floor(time / f), as in public code (the paper rounds up).
+    Its amplitude is |rfft|, the mean over variables. Which k are strongest is decided by the mean over the batch too,
+    or, per_window, by each window alone.
     Returns (periods, amplitudes [batch, k]), strongest first; periods: whole numbers [k] or, per_window, [batch, k].
     Amplitudes carry a gradient, the choice does not. Raises TypeError, ValueError.
-    Source: documented TimesBlock, step 1; the paper, equations 1 and 2.
+    Source: documented TimesBlock, step 1; the paper, equations 1 and 2; the mean over the batch: its public code.
     """
     checks.tensor("series", series, "batch", "time", "variable")
     time = series.shape[1]
@@ -67,7 +68,8 @@ class Inception(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, kernels: int, shape: str):
         super().__init__()
-        sizes = range(1, 2 * kernels, 2)
+        checks.choice("convolution", shape, ("within", "across", "inception"))
+        sizes = range(1, 2 * checks.integer("kernels", kernels), 2)
         extents = {"within": lambda s: (1, s), "across": lambda s: (s, 1), "inception": lambda s: (s, s)}[shape]
         self.kernels = nn.ModuleList(nn.Conv2d(inputs, outputs, extents(size), padding="same") for size in sizes)
         for kernel in self.kernels:
@@ -101,6 +103,17 @@ def convolve(plane: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
     return F.conv2d(plane, kernel, bias, padding=(kernel.shape[2] // 2, kernel.shape[3] // 2))
 
 
+def one_branch(features: Tensor, period: int, widen: tuple[Tensor, Tensor], narrow: tuple[Tensor, Tensor]) -> Tensor:
+    """What one period contributes, [batch, time, width] -> the same: fold, convolve, fold back.
+
+    widen, narrow: kernel and bias of the two convolutions, as Inception.merged returns them.
+    Source: documented TimesBlock, steps 1 to 3.
+    """
+    plane = fold(features, period)  # 1.
+    plane = convolve(F.gelu(convolve(plane, *widen)), *narrow)  # 2.
+    return unfold(plane, features.shape[1])  # 3.
+
+
 class TimesBlock(nn.Module):
     """Features [batch, time, width] -> their weighted sum over the k periods, and the k branches themselves.
 
@@ -115,10 +128,10 @@ class TimesBlock(nn.Module):
         self.narrow = Inception(hidden, width, kernels, convolution)
 
     def forward(self, features: Tensor, return_branches: bool = False) -> tuple[Tensor, Tensor | None]:
-        time = features.shape[1]
-        periods, amplitudes = _strongest(features, self.periods, self.per_window)
-        weights = amplitudes.softmax(-1)  # [batch, k]
-        # A weight this small changes no sum, but its gradient is denormal, and those slow Adam down ten times.
+        periods, amplitudes = _strongest(features, self.periods, self.per_window)  # 1.
+        weights = amplitudes.softmax(-1)  # 4., [batch, k]
+        # A weight this small changes no sum, but its gradient, or the square of it, is denormal: Adam is then ten times
+        # slower.
         weights = weights.masked_fill(weights < torch.finfo(weights.dtype).eps ** 2, 0)
         widen, narrow = self.widen.merged(), self.narrow.merged()
         total = torch.zeros_like(features)
@@ -126,13 +139,12 @@ class TimesBlock(nn.Module):
         for period in periods.unique().tolist():  # equal periods are folded once
             chosen = (periods == period).expand_as(weights)  # [batch, k]
             share = (weights * chosen).sum(1)  # [batch]
-            windows = (chosen.any(1) if return_branches else share > 0).nonzero().flatten()  # where it counts
+            windows = (chosen.any(1) if return_branches else share != 0).nonzero().flatten()  # where it counts
             if len(windows) == 0:
                 continue
-            plane = fold(features[windows], period)
-            plane = convolve(F.gelu(convolve(plane, *widen)), *narrow)
-            branch = torch.zeros_like(features).index_copy(0, windows, unfold(plane, time))
-            total = total + share[:, None, None] * branch
+            branch = one_branch(features[windows], period, widen, narrow)  # 1. to 3.
+            branch = torch.zeros_like(features).index_copy(0, windows, branch)
+            total = total + share[:, None, None] * branch  # 4., the weighted sum
             if return_branches:
                 branches = torch.where(chosen[..., None, None], branch[:, None], branches)
         return total, branches
@@ -155,8 +167,9 @@ class TimesNet(nn.Module):
     per_window: each window has periods of its own, so that its forecast does not depend on the rest of the batch, as
     it does in the published form. return_frequency_features: fill Output.frequency_features.
     model(history [batch, history, variable]) -> Output. Raises TypeError, ValueError.
-    Source: documented steps 1 to 3. What the text leaves out (each window on its own scale, the linear extension, the
-    residual sum with its normalisation) as in the paper and its public code, without the latter's calendar features.
+    Source: documented steps 1 to 3. What the text leaves out (each window on its own scale, positions, the linear
+    extension, a second convolution after GELU, the residual sum with its normalisation) as in the paper and its public
+    code, without the latter's calendar features.
     """
 
     def __init__(
@@ -177,12 +190,11 @@ class TimesNet(nn.Module):
         super().__init__()
         self.history = checks.integer("history", history)
         self.horizon = checks.integer("horizon", horizon)
-        self.return_frequency_features = return_frequency_features
+        self.return_frequency_features = checks.flag("return_frequency_features", return_frequency_features)
         time = history + horizon
         checks.integer("periods", periods, most=time // 2, why=f"the frequencies of history + horizon, {time} steps")
         checks.integer("feed_forward_width", feed_forward_width)
-        checks.integer("kernels", kernels)
-        checks.choice("convolution", convolution, ("within", "across", "inception"))
+        checks.flag("per_window", per_window)
         self.embedding = nn.Conv1d(
             checks.integer("variables", variables),
             checks.integer("width", width),
@@ -228,7 +240,7 @@ def documented_loss(
     target: y, [batch, horizon, variable]. forecast_weight: alpha; smoothness_weight: beta; both at least 0.
     Terms: "forecast" and "smoothness". Raises TypeError, ValueError. Source: the documented loss.
     """
-    checks.forecast(output, target)
+    checks.forecast(output, target, "frequency_features")
     checks.frequency_features(output.frequency_features, target)
     checks.number("forecast_weight", forecast_weight, least=0)
     checks.number("smoothness_weight", smoothness_weight, least=0)

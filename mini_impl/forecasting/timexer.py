@@ -64,7 +64,7 @@ class TimeXer(nn.Module):
 
     history, horizon: how many steps it sees and forecasts. variables: how many series the history holds.
     endogenous: the index or indices of those to forecast (negative: from the end); the others are exogenous. None: all
-    are endogenous, and each of them is exogenous to all, itself too, as in the paper's multivariate experiments.
+    are endogenous, and each of them is exogenous to all, itself too, as where the public code is multivariate.
     patch_length: divides history. width, heads, layers, feed_forward_width, dropout: of the transformer.
     variable_token: "series", an embedding of the variable's whole past, as documented; "learned", one free parameter
     for each endogenous variable, the same for every window, as published.
@@ -76,7 +76,8 @@ class TimeXer(nn.Module):
     exogenous: more exogenous series, [batch, time, variable]; time at most history: those that begin later are aligned
     at the end. exogenous_mask: bool, same shape; False where a value is missing (NaN is allowed there). A series
     without a single value in a window gets no attention there; each window needs one exogenous series with a value.
-    Raises TypeError, ValueError. Source: documented steps 1 to 4; each window on its own scale as in the paper.
+    Raises TypeError, ValueError. Source: documented steps 1 to 4. What the text leaves out (each window on its own
+    scale, positions of patches, a last LayerNorm) as in the paper's public code.
     """
 
     def __init__(
@@ -105,16 +106,15 @@ class TimeXer(nn.Module):
         self.patch_length = checks.divides("patch_length", patch_length, "history", history)
         checks.choice("variable_token", variable_token, ("series", "learned"))
         checks.choice("attention_form", attention_form, ("maps", "projections"))
-        self.return_attention, self.attention_form = return_attention, attention_form
+        self.return_attention = checks.flag("return_attention", return_attention)
+        self.attention_form = attention_form
 
         self.patch_embedding = nn.Linear(patch_length, checks.integer("width", width), bias=False)
-        if variable_token == "series":
-            self.variable_embedding = nn.Linear(history, width)
-        else:
-            self.variable_token = nn.Parameter(torch.randn(len(self.endogenous), 1, width))
+        series = variable_token == "series"
+        self.variable_embedding = nn.Linear(history, width) if series else None
+        self.learned_token = None if series else nn.Parameter(torch.randn(len(self.endogenous), 1, width))
         self.exogenous_embedding = nn.Linear(history, width)
         self.dropout = Dropout(dropout)
-        checks.integer("feed_forward_width", feed_forward_width)
         self.layers = nn.ModuleList(
             Layer(width, heads, feed_forward_width, dropout) for _ in range(checks.integer("layers", layers))
         )
@@ -126,26 +126,26 @@ class TimeXer(nn.Module):
         series = scaled.mT  # [batch, endogenous, time]
         local = self.patch_embedding(patches(series, self.patch_length, self.patch_length))
         local = local + sinusoids(*local.shape[2:], local.dtype, local.device)
-        if hasattr(self, "variable_token"):
-            whole = self.variable_token.expand(len(series), -1, -1, -1)
-        else:
+        if self.learned_token is None:
             whole = self.variable_embedding(series)[:, :, None]
+        else:
+            whole = self.learned_token.expand(len(series), -1, -1, -1)
         return self.dropout(torch.cat([local, whole], dim=2))
 
     def embed_exogenous(
         self, scaled: Tensor, exogenous: Tensor | None, observed: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Every exogenous series as one token: [batch, exogenous, width]; and which have a value at all, or None.
+        """Every exogenous series as one token: [batch, exogenous, width]; and which have a value, or None for all.
 
         scaled: [batch, history, exogenous], those that stand in the history. Source: documented step 3.
         """
         present = None
         if exogenous is not None:
-            observed = torch.ones_like(exogenous, dtype=torch.bool) if observed is None else observed
             more, _, _ = normalise(exogenous, observed)
             more = F.pad(more, (0, 0, self.history - exogenous.shape[1], 0))  # 0 is the mean
-            there = scaled.new_ones(len(scaled), scaled.shape[2], dtype=torch.bool)
-            present = torch.cat([there, observed.any(1)], dim=1)
+            if observed is not None:
+                there = observed.new_ones(len(scaled), scaled.shape[2])
+                present = torch.cat([there, observed.any(1)], dim=1)
             scaled = torch.cat([scaled, more], dim=2)
         return self.dropout(self.exogenous_embedding(scaled.mT)), present
 
@@ -153,14 +153,14 @@ class TimeXer(nn.Module):
         checks.history(history, self.history, self.head.weight, variables=self.variables)
         checks.exogenous(history, exogenous, exogenous_mask, len(self.exogenous))
         scaled, mean, std = normalise(history)
-        tokens = self.embed(scaled[..., self.endogenous])  # [batch, endogenous, patch + 1, width]
+        tokens = self.embed(scaled[..., self.endogenous])  # 1. [batch, endogenous, patch + 1, width]
         others, present = self.embed_exogenous(scaled[..., self.exogenous], exogenous, exogenous_mask)
         return_maps = self.return_attention and self.attention_form == "maps"
         maps = []
         for layer in self.layers:
             tokens, attention = layer(tokens, others, present, return_maps)
             maps.append(attention)
-        forecast = self.head(self.norm(tokens).flatten(2))  # [batch, endogenous, horizon]
+        forecast = self.head(self.norm(tokens).flatten(2))  # 4., decoding: [batch, endogenous, horizon]
         matrices = maps if self.attention_form == "maps" else self.projections()
         return Output(
             prediction=denormalise(forecast.mT, mean[..., self.endogenous], std[..., self.endogenous]),
@@ -180,8 +180,8 @@ def documented_loss(output: Output, target: Tensor, orthogonality_weight: float 
     For attention maps of one endogenous and C exogenous variables each layer's norm is at least C - 1.
     Terms: "forecast" and "orthogonality". Raises TypeError, ValueError. Source: the documented loss.
     """
-    checks.forecast(output, target)
-    checks.returned("output.cross_attention", output.cross_attention, "return_attention=True")
+    checks.forecast(output, target, "cross_attention")
+    checks.matrices("output.cross_attention", output.cross_attention, "return_attention=True")
     checks.number("orthogonality_weight", orthogonality_weight, least=0)
     return LossTerms.of(
         forecast=F.mse_loss(output.prediction, target),

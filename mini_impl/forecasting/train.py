@@ -131,6 +131,11 @@ def fit(
             "train and validation must have the same endogenous variables; "
             f"got {train.endogenous} and {validation.endogenous}"
         )
+    targets = train.endogenous or tuple(range(train.values.shape[1]))
+    if tuple(forecast_ones := getattr(model, "endogenous", targets)) != targets:
+        raise ValueError(
+            f"model forecasts the variables {tuple(forecast_ones)}, but the windows' targets are {targets}"
+        )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("model has no parameter to train")
     if device is not None:

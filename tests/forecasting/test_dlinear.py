@@ -303,7 +303,7 @@ GOOD = torch.zeros(2, 10, 3)
         ),
         (lambda: DLinear(10, 3, 5)(GOOD.to("meta")), ValueError, "history must be on the device.*cpu; got meta"),
         (lambda: DLinear(10, 3, 5)(GOOD / 0), ValueError, "history.*NaN"),
-        (lambda: documented_loss(GOOD, GOOD, 1.0), TypeError, "output must be.*got Tensor"),
+        (lambda: documented_loss(GOOD, GOOD, 1.0), TypeError, "output must be.*got torch.Tensor"),
         (lambda: documented_loss(Output(GOOD, GOOD), GOOD[:, 1:], 1.0), ValueError, "output.prediction and target"),
         (lambda: documented_loss(Output(GOOD, GOOD[:1]), GOOD, 1.0), ValueError, "output.trend and target"),
         (lambda: documented_loss(Output(GOOD, GOOD), GOOD.double(), 1.0), TypeError, "one dtype"),

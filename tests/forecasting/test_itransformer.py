@@ -427,7 +427,7 @@ def made(**changes):
         (lambda: made()(GOOD.numpy()), TypeError, "history.*got ndarray"),
         (lambda: made()(GOOD.to("meta")), ValueError, "history must be on the device.*cpu; got meta"),
         (lambda: made()(GOOD / 0), ValueError, "history.*60 of its 60 are NaN"),
-        (lambda: documented_loss(GOOD, GOOD), TypeError, "output must be.*got Tensor"),
+        (lambda: documented_loss(GOOD, GOOD), TypeError, "output must be.*got torch.Tensor"),
         (lambda: documented_loss(WITH, GOOD[:, 1:]), ValueError, "output.prediction and target must have one shape"),
         (lambda: documented_loss(WITH, GOOD[..., :1]), ValueError, "output.prediction and target must have one shape"),
         (lambda: documented_loss(WITH, GOOD.double()), TypeError, "one dtype"),

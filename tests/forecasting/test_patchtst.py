@@ -691,7 +691,7 @@ build_masked = functools.partial(MaskedPatchTST, history=24, patch_length=4, **T
         (lambda: build_masked()(GOOD.double()), TypeError, "history must have the dtype.*float32; got torch.float64"),
         (lambda: PatchTST.from_masked(build(), 5), TypeError, "masked must be a MaskedPatchTST; got PatchTST"),
         (lambda: PatchTST.from_masked(build_masked(), 0), ValueError, "horizon must be at least 1; got 0"),
-        (lambda: documented_loss(GOOD, TARGET), TypeError, "output must be.*got Tensor"),
+        (lambda: documented_loss(GOOD, TARGET), TypeError, "output must be.*got torch.Tensor"),
         (
             lambda: documented_loss(Output(TARGET), TARGET),
             ValueError,

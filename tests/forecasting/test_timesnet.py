@@ -766,7 +766,7 @@ make = functools.partial(TimesNet, history=10, horizon=4, variables=3, periods=2
         (lambda: make()(GOOD.to("meta")), ValueError, "history must be on the device.*cpu; got meta"),
         (lambda: make()(GOOD / 0), ValueError, "history.*60 of its 60 are NaN"),
         (lambda: documented_loss(make()(GOOD), TARGET), ValueError, "with return_frequency_features=True"),
-        (lambda: documented_loss(TARGET, TARGET), TypeError, "output must be.*got Tensor"),
+        (lambda: documented_loss(TARGET, TARGET), TypeError, "output must be.*got torch.Tensor"),
         (lambda: documented_loss(RESULT, TARGET[:, 1:]), ValueError, r"output.prediction and target.*\[2, 3, 3\]"),
         (lambda: documented_loss(RESULT, TARGET.double()), TypeError, "one dtype"),
         (lambda: documented_loss(RESULT, TARGET / 0), ValueError, "target.*NaN"),

@@ -834,7 +834,7 @@ def seen(*hidden):
             ValueError,
             r"exogenous_mask leaves no exogenous value at all in the windows \[1\]",
         ),
-        (lambda: documented_loss(GOOD, TARGET), TypeError, "output must be.*got Tensor"),
+        (lambda: documented_loss(GOOD, TARGET), TypeError, "output must be.*got torch.Tensor"),
         (
             lambda: documented_loss(called(), TARGET),
             ValueError,

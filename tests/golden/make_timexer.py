@@ -18,12 +18,12 @@ from torch import Tensor
 def ours(peer: TimeXer) -> dict:
     """The peer's weights under our names."""
     theirs = peer.state_dict()
-    theirs["variable_token"] = theirs.pop("en_embedding.glb_token")[0]
+    theirs["learned_token"] = theirs.pop("en_embedding.glb_token")[0]
     del theirs["en_embedding.position_embedding.pe"]
     tokens = peer.patch_num + 1
     theirs["head.linear.weight"] = theirs["head.linear.weight"].unflatten(1, (-1, tokens)).mT.flatten(1)
     names = {
-        "variable_token": "variable_token",
+        "learned_token": "learned_token",
         "en_embedding.value_embedding": "patch_embedding",
         "ex_embedding.value_embedding": "exogenous_embedding",
         "encoder.norm": "norm",
