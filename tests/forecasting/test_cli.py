@@ -229,6 +229,7 @@ def test_what_is_wrong_is_one_sentence(csv, capsys, arguments, says):
         ("patchtst", ["--weight", "reading=columns"], "reading must be one of 'received', 'rows'; got 'columns'"),
         ("itransformer", ["--set", "width=9"], "width must be a multiple of heads; got 9 and 8"),
         ("timesnet", ["--set", "variables=3"], "TimesNet has no 'variables'; it takes periods"),
+        ("timesnet", ["--set", "convolution=2d"], "convolution must be one of .*; got '2d'"),
         ("timesnet", ["--set", "convolution=round"], "convolution must be one of 'within', 'across', 'inception'"),
         ("timexer", ["--set", "endogenous=3"], "endogenous must be an index from -3 to 2, or several that differ; got"),
         ("timexer", ["--set", "endogenous=1,1"], r"several that differ; got \(1, 1\)"),

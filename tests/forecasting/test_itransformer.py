@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mini_impl.checkpoint import load_checkpoint, save_checkpoint
+from mini_impl.forecasting import dlinear
 from mini_impl.forecasting.itransformer import ITransformer, Output, documented_loss, published_loss
 from mini_impl.losses import LossTerms, NonFiniteLoss
 
@@ -390,7 +391,8 @@ def test_constant_windows(level):
     model = small()
     history = torch.full((2, 12, 3), level, dtype=torch.float64, requires_grad=True)
     output = model(history)
-    torch.testing.assert_close(output.embedding, model.embedding.bias.expand(2, 3, 8))
+    first, gelu, second = model.embedding
+    torch.testing.assert_close(output.embedding, second(gelu(first.bias)).expand(2, 3, 8))
     torch.testing.assert_close(output.attention, torch.full((2, 2, 3, 3), 1 / 3, dtype=torch.float64))
     torch.testing.assert_close(output.prediction, output.prediction[:1, :, :1].expand(2, 5, 3))
     documented_loss(output, random(2, 5, 3), 0.1).total.backward()
@@ -418,7 +420,7 @@ def made(**changes):
         (lambda: made(feed_forward_width=-1), ValueError, "feed_forward_width must be at least 1; got -1"),
         (lambda: made(dropout=1.0), ValueError, "dropout must be less than 1; got 1.0"),
         (lambda: made(dropout=-0.1), ValueError, "dropout.*at least 0; got -0.1"),
-        (lambda: made(embedding="MLP"), ValueError, "embedding must be one of 'linear', 'mlp'; got 'MLP'"),
+        (lambda: made(embedding="MLP"), ValueError, "embedding must be one of 'mlp', 'linear'; got 'MLP'"),
         (lambda: made()(GOOD[:, 1:]), ValueError, r"history must have 10 time steps.*\[2, 9, 3\]"),
         (lambda: made()(GOOD[0]), ValueError, r"history.*\[batch, time, variable\].*got shape \[10, 3\]"),
         (lambda: made()(GOOD[..., :0]), ValueError, r"history.*no axis empty.*\[2, 10, 0\]"),
@@ -458,11 +460,11 @@ def test_no_silent_nan(seed, bad):
 
 
 @pytest.mark.parametrize("norm", ["fro", "spectral"])
-@pytest.mark.parametrize("name", ["embedding.weight", "projection.weight"])
+@pytest.mark.parametrize("name", ["embedding.2.weight", "projection.weight"])
 def test_weights_that_diverged_are_named_by_the_loss(name, norm):
     model = small()
     model.get_parameter(name).data[0, 0] = math.nan
-    says = "penalised matrix W" if name == "embedding.weight" else "term 'forecast' of the loss is nan"
+    says = "penalised matrix W" if name == "embedding.2.weight" else "term 'forecast' of the loss is nan"
     with pytest.raises(NonFiniteLoss, match=says):
         documented_loss(model(random(2, 12, 3)), random(2, 5, 3), norm=norm)
 
@@ -471,3 +473,17 @@ def test_loss_terms_is_what_every_loss_returns():
     for loss in (documented_loss(WITH, GOOD + 1, 2.0), published_loss(WITH, GOOD + 1)):
         assert isinstance(loss, LossTerms)
         assert loss.total.item() == pytest.approx(sum(term.item() for term in loss.terms.values()))
+
+
+def test_an_embedding_of_other_windows_and_another_output():
+    with pytest.raises(ValueError, match=r"output.embedding must have 2 windows, as the target has"):
+        documented_loss(Output(GOOD, torch.ones(3, 3, 4)), GOOD)
+    with pytest.raises(TypeError, match=r"with .embedding; got mini_impl.forecasting.dlinear.Output"):
+        documented_loss(dlinear.Output(GOOD, GOOD), GOOD)
+
+
+def test_training_mode_compiles_with_dropout():
+    model = made(dropout=0.3)
+    compiled = torch.compile(model, backend="aot_eager")
+    published_loss(compiled(torch.randn(2, 10, 3)), torch.randn(2, 10, 3)).total.backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())

@@ -17,6 +17,7 @@ from mini_impl.forecasting.layers import (
     Dropout,
     EncoderBlock,
     denormalise,
+    encode,
     feed_forward,
     normalise,
     patches,
@@ -444,3 +445,60 @@ def test_devices_agree_with_the_cpu(device):
 def test_bad_input_is_named(call, error, says):
     with pytest.raises(error, match=says):
         call()
+
+
+# --- what must not slip through ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("history", [24, 96, 336])
+@pytest.mark.parametrize("level", [123456.789, 1e6 + 0.1, 7.3, -0.1])
+@pytest.mark.parametrize("share", [None, 1.0, 0.4])
+def test_a_constant_becomes_0_in_float32(level, history, share):
+    series = torch.full((3, history, 2), level)
+    observed = None if share is None else random(3, history, 2) < share * 10 - 9.5
+    observed = observed if share != 1.0 else torch.ones_like(series, dtype=torch.bool)
+    scaled, _, _ = normalise(series, observed)
+    assert not scaled.any()
+
+
+def test_a_variable_without_a_value_counts_as_constant():
+    series, observed = torch.full((1, 6, 2), math.nan), torch.zeros(1, 6, 2, dtype=torch.bool)
+    series[..., 1], observed[..., 1] = torch.arange(6.0), True
+    scaled, _, _ = normalise(series, observed)
+    assert not scaled[..., 0].any()
+    torch.testing.assert_close(scaled[..., 1:], normalise(series[..., 1:])[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1,), (7,), (40, 33)])
+def test_dropout_keeps_or_scales(dtype, shape):
+    torch.manual_seed(0)
+    values = torch.ones(shape, dtype=dtype, requires_grad=True)
+    dropped = Dropout(0.3)(values)
+    kept = torch.tensor(65536 / (65536 - round(0.3 * 65536)), dtype=dtype)
+    assert set(dropped.flatten().tolist()) <= {0.0, kept.item()}
+    dropped.sum().backward()
+    torch.testing.assert_close(values.grad, dropped.detach(), rtol=0, atol=0)
+
+
+def test_a_rate_next_to_1_stays_finite():
+    assert torch.isfinite(Dropout(1 - 1e-9)(torch.ones(1000))).all()
+
+
+def test_dropout_compiles_whole():
+    torch.manual_seed(0)
+    dropped = torch.compile(Dropout(0.3), backend="aot_eager", fullgraph=True)(torch.ones(1000))
+    assert 200 < (dropped == 0).sum() < 400
+
+
+def test_encode_is_a_loop_that_returns_the_last_map():
+    torch.manual_seed(0)
+    blocks = nn.ModuleList(EncoderBlock(8, 2, 6, dropout=0.0) for _ in range(3)).double()
+    tokens = random(2, 5, 8)
+    expected = tokens
+    for block in blocks:
+        expected, attention = block(expected, return_map=True)
+    got, last = encode(blocks, tokens, return_map=True)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(last, attention)
+    assert encode(blocks, tokens)[1] is None

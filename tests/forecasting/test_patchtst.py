@@ -6,6 +6,7 @@ import math
 import shutil
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -643,7 +644,15 @@ def test_what_fine_tuning_trains(linear_probe):
 
 GOOD, TARGET, MAP = torch.zeros(2, 24, 3), torch.zeros(2, 5, 3), torch.full((6, 2, 4, 4), 0.25)
 OUTPUT = Output(TARGET, MAP)
-PIECES = torch.zeros(2, 3, 6, 4)
+PIECES, MASK = torch.zeros(2, 3, 6, 4), torch.ones(2, 3, 6, dtype=torch.bool)
+
+
+class ForeignOutput(NamedTuple):
+    """What a model of another module returns."""
+
+    prediction: torch.Tensor
+
+
 build = functools.partial(PatchTST, history=24, horizon=5, patch_length=6, stride=4, **TINY)
 build_masked = functools.partial(MaskedPatchTST, history=24, patch_length=4, **TINY)
 
@@ -711,7 +720,22 @@ build_masked = functools.partial(MaskedPatchTST, history=24, patch_length=4, **T
         (lambda: documented_loss(Output(TARGET, 2 * MAP), TARGET), ValueError, "probabilities must .* sum to 1"),
         (lambda: documented_loss(Output(TARGET / 0, MAP), TARGET), NonFiniteLoss, "term 'forecast'.*nan"),
         (lambda: published_loss(Output(TARGET / 0), TARGET), NonFiniteLoss, "term 'forecast'.*nan"),
-        (lambda: published_loss(MaskedOutput(PIECES, PIECES, None), TARGET), TypeError, "output.*got MaskedOutput"),
+        (
+            lambda: published_loss(MaskedOutput(PIECES, PIECES, None), TARGET),
+            TypeError,
+            "must be.*patchtst.MaskedOutput",
+        ),
+        (lambda: masked_loss(MaskedOutput(PIECES, PIECES, None)), ValueError, r"mask must be a bool.*got NoneType"),
+        (lambda: masked_loss(MaskedOutput(PIECES, PIECES, [True])), ValueError, r"mask must be a bool.*got list"),
+        (lambda: masked_loss(MaskedOutput(PIECES, PIECES, MASK.long())), ValueError, r"mask must .*got torch.int64"),
+        (lambda: masked_loss(MaskedOutput(PIECES, PIECES, MASK[:1])), ValueError, r"bool tensor \[2, 3, 6\]; got"),
+        (lambda: masked_loss(MaskedOutput(PIECES, PIECES, ~MASK)), ValueError, "output.mask hides no patch"),
+        (lambda: documented_loss(Output(TARGET, MAP[:4]), TARGET), ValueError, "attention must have 6 windows"),
+        (lambda: documented_loss(ForeignOutput(TARGET), TARGET), TypeError, r"with .attention; got .*ForeignOutput"),
+        (lambda: build(pad_end="no"), TypeError, "pad_end must be True or False; got 'no'"),
+        (lambda: build(return_attention=1), TypeError, "return_attention must be True or False; got 1"),
+        (lambda: PatchTST.from_masked(build_masked(), 5, linear_probe=None), TypeError, "linear_probe must be True or"),
+        (lambda: pad_end(PIECES, 4, 0), ValueError, "stride must be at least 1; got 0"),
         (lambda: masked_loss(OUTPUT), TypeError, "output must be what a MaskedPatchTST returned; got Output"),
         (
             lambda: masked_loss(MaskedOutput(PIECES, PIECES[:1], PIECES[..., 0] == 0)),
@@ -746,3 +770,33 @@ def test_loss_terms_is_what_every_loss_returns():
     assert all(isinstance(loss, LossTerms) for loss in losses)
     for total, terms in losses:
         assert total.item() == pytest.approx(sum(term.item() for term in terms.values()))
+
+
+def test_a_new_forecaster_is_wholly_in_train_mode():
+    model = PatchTST.from_masked(small_masked().eval(), horizon=5)
+    assert all(part.training for part in model.modules())
+
+
+def test_a_linear_probe_follows_the_data_in_train_mode():
+    model = PatchTST.from_masked(small_masked(dropout=0.0), horizon=5, linear_probe=True)
+    before = {name: value.clone() for name, value in model.encoder.named_buffers()}
+    model(random(4, 24, 3))
+    assert all(not torch.equal(value, before[name]) for name, value in model.encoder.named_buffers())
+    model.eval()(random(4, 24, 3, seed=1))
+
+
+def test_pad_end_without_overlap():
+    series = torch.arange(7.0).view(1, 7)
+    assert pad_end(series, 3, 3).tolist() == [[0, 1, 2, 3, 4, 5, 6, 6, 6]]
+    assert pad_end(series[:, :6], 3, 3).tolist() == [[0, 1, 2, 3, 4, 5, 5, 5, 5]]
+
+
+def test_a_share_that_rounding_would_lose():
+    assert small_masked(history=20, mask_ratio=0.8).visible == 1  # 5 (1 - 0.8) is 0.9999.. in floating point
+
+
+def test_training_mode_compiles_with_dropout():
+    model = small(dropout=0.3)
+    compiled = torch.compile(model, backend="aot_eager")
+    published_loss(compiled(random(2, 24, 2)), random(2, 5, 2)).total.backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())

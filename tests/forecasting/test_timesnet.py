@@ -25,6 +25,7 @@ from mini_impl.forecasting.timesnet import (
     documented_loss,
     dominant_periods,
     fold,
+    one_branch,
     published_loss,
     unfold,
 )
@@ -811,3 +812,33 @@ def test_weights_that_diverged_are_named_by_the_loss(per_window):
     model.extension.weight.data[0, 0] = float("nan")
     with pytest.raises(NonFiniteLoss, match="term 'forecast' of the loss is nan"):
         documented_loss(model(random(2, 12, 2)), random(2, 6, 2, seed=1))
+
+
+@pytest.mark.parametrize("return_branches", [False, True])
+@pytest.mark.parametrize("bad", [math.nan, 5e37])
+def test_a_block_hides_nothing(bad, return_branches):
+    """Features that are NaN, or so large that amplitudes overflow, do not come out as a harmless zero."""
+    block = TimesBlock(4, 4, periods=2, kernels=2, convolution="within", per_window=False)
+    total, _ = block(torch.full((2, 24, 4), bad), return_branches=return_branches)
+    assert not torch.isfinite(total).all() or total.abs().max() > 0
+
+
+def test_one_branch_is_fold_convolve_unfold():
+    block = small().blocks[0]
+    features = random(3, 18, 4)
+    by_steps = unfold(block.narrow(F.gelu(block.widen(fold(features, 5)))), 18)
+    torch.testing.assert_close(one_branch(features, 5, block.widen.merged(), block.narrow.merged()), by_steps)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda: Inception(2, 2, 3, "square"), ValueError, "convolution must be one of .*got 'square'"),
+        (lambda: Inception(2, 2, 0, "within"), ValueError, "kernels must be at least 1; got 0"),
+        (lambda: small(per_window="no"), TypeError, "per_window must be True or False; got 'no'"),
+        (lambda: small(return_frequency_features=1), TypeError, "return_frequency_features must be True or False"),
+    ],
+)
+def test_what_a_reader_may_call_is_checked(call, error, says):
+    with pytest.raises(error, match=says):
+        call()

@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mini_impl.checkpoint import load_checkpoint, save_checkpoint
+from mini_impl.forecasting.data import Windows
 from mini_impl.forecasting.layers import normalise
 from mini_impl.forecasting.timexer import Output, TimeXer, documented_loss, published_loss
+from mini_impl.forecasting.train import fit
 from mini_impl.losses import LossTerms, NonFiniteLoss
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "timexer.json"
@@ -122,8 +124,8 @@ def by_numpy(model, history, exogenous, observed):
     tokens = []
     for place, i in enumerate(model.endogenous):
         local = linear("patch_embedding", scaled[i].reshape(-1, model.patch_length)) + positions
-        learned = "variable_token" in weights
-        whole = weights["variable_token"][place, 0] if learned else linear("variable_embedding", scaled[i])
+        learned = "learned_token" in weights
+        whole = weights["learned_token"][place, 0] if learned else linear("variable_embedding", scaled[i])
         tokens.append(np.vstack([local, whole]))
 
     maps = []
@@ -684,7 +686,7 @@ def test_gradients_of_the_model(variable_token, form, masked):
     model = small(**sizes, endogenous=0, **choices)
     names = ["patch_embedding.weight", "exogenous_embedding.weight", "layers.0.cross_attention.projection.weight"]
     names += ["layers.1.cross_norm.weight", "head.bias"]
-    names += ["variable_token" if variable_token == "learned" else "variable_embedding.bias"]
+    names += ["learned_token" if variable_token == "learned" else "variable_embedding.bias"]
     target, observed = random(2, 2, 1, seed=1), random(2, 3, 2, seed=4) > 0
     assert not observed.all() and observed.any()
 
@@ -884,3 +886,24 @@ def test_loss_terms_is_what_every_loss_returns():
     for loss in (documented_loss(WITH, TARGET + 1, 2.0), published_loss(WITH, TARGET + 1)):
         assert isinstance(loss, LossTerms)
         assert loss.total.item() == pytest.approx(sum(term.item() for term in loss.terms.values()))
+
+
+@pytest.mark.parametrize(
+    ("matrices", "says"),
+    [
+        (torch.ones(2, 2, 1, 3), "must be a tuple of one matrix a layer; got Tensor"),
+        ([torch.ones(2, 2, 1, 3)], "must be a tuple of one matrix a layer; got list"),
+        ((), "must be a tuple of one matrix a layer; got an empty one"),
+    ],
+)
+def test_one_matrix_a_layer(matrices, says):
+    target = torch.zeros(2, 5, 1)
+    with pytest.raises(TypeError, match=says):
+        documented_loss(Output(target, matrices), target)
+
+
+def test_model_and_targets_name_the_same_variables():
+    windows = Windows(random(60, 4, dtype=torch.float32), 12, 5, endogenous=0)
+    model = small(endogenous=2).float()
+    with pytest.raises(ValueError, match=r"model forecasts the variables \(2,\), but the windows' targets are \(0,\)"):
+        fit(model, windows, windows, published_loss, epochs=1, progress=False)
