@@ -52,7 +52,7 @@ ACCURACY = {
     "dlinear": ("--batch-size 32 --learning-rate 0.002", 4),
     "patchtst": ("--batch-size 32 --learning-rate 0.001", 70),
     "itransformer": ("--batch-size 32 --learning-rate 0.0001 --set embedding=linear", 40),
-    "timesnet": ("--batch-size 32 --learning-rate 0.0001 --set convolution=inception", 450),
+    "timesnet": ("--batch-size 32 --learning-rate 0.001 --decay 0.3 --set dropout=0.2", 160),
     "timexer": (
         "--batch-size 32 --learning-rate 0.0001 --set variable_token=learned --set feed_forward_width=512",
         200,
