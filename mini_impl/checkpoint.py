@@ -62,3 +62,38 @@ def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], dict]:
     if state is None:
         raise ValueError(f"{path} is a safetensors file, but not one that mini_impl wrote: its header has no {KEY!r}")
     return tensors, json.loads(state)
+
+
+# --- going on with a training -----------------------------------------------------------------------------------------
+
+
+def same_settings(checkpoint: Path | str, then: dict | None, now: dict) -> None:
+    """Raise ValueError, naming what differs, if a checkpoint is of another training than the one that is to go on."""
+    if not isinstance(then, dict):
+        raise ValueError(f"{checkpoint} was not written by a training: it holds no settings of one")
+    for name, value in now.items():
+        if then.get(name) != value:
+            raise ValueError(
+                f"{checkpoint} is of another training: its {name} was {then.get(name)!r}, now it is {value!r}; "
+                "give another file, or delete this one to start anew"
+            )
+
+
+def tensor_group(tensors: dict[str, Tensor], group: str) -> dict[str, Tensor]:
+    """The tensors named "GROUP/NAME", as {NAME: tensor}."""
+    return {name.removeprefix(f"{group}/"): value for name, value in tensors.items() if name.startswith(f"{group}/")}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Adam's memory as {"parameter number/name": tensor}."""
+    state = optimizer.state_dict()["state"]
+    return {f"{number}/{name}": value for number, values in state.items() for name, value in values.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Give Adam its memory back."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        number, name = key.split("/")
+        state.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,12 +1,10 @@
-"""The command `mini-impl`: train a forecaster of the book on a series, and test it beside the naive baselines."""
+"""The command `mini-impl`: train a forecaster beside the naive baselines, or fine-tune a language model."""
 
 import argparse
 import functools
 import inspect
 import json
-import re
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
 from types import ModuleType
 
@@ -14,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from mini_impl.checkpoint import write_bytes
+from mini_impl.finetuning import command as finetune
 from mini_impl.forecasting import dlinear, itransformer, patchtst, timesnet, timexer
 from mini_impl.forecasting.baselines import repeat_season
 from mini_impl.forecasting.data import ETT_SHA256, Windows, download_ett, load_auckland, load_csv, prepare
 from mini_impl.forecasting.train import evaluate, fit
+from mini_impl.settings import choose_settings, parse_setting
 
 MODELS: dict[str, tuple[ModuleType, type[nn.Module]]] = {
     "dlinear": (dlinear, dlinear.DLinear),
@@ -30,13 +30,6 @@ MODELS: dict[str, tuple[ModuleType, type[nn.Module]]] = {
 RETURNED = {"patchtst": "return_attention", "timesnet": "return_frequency_features", "timexer": "return_attention"}
 ETT_SPLIT = (8640, 2880, 2880)  # 12, 4 and 4 months of 30 days, as in the literature
 HERE = ("checkpoint", "json")  # options that say where files of this machine are: not part of a result
-# What a setting may be, by the type of its default.
-KINDS = {
-    bool: ((bool,), "true or false"),
-    int: ((int,), "a whole number"),
-    float: ((int, float), "a number"),
-    str: ((str,), "a word"),
-}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -45,8 +38,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = make_parser()
     options = parser.parse_args(arguments)
     try:
-        result = {"command": _without_files(arguments), **forecast(options)}
-        report(result)
+        run, show = (forecast, report) if options.command == "forecast" else (finetune.run, finetune.report)
+        result = {"command": _without_files(arguments), **run(options)}
+        show(result)
         if options.json is not None:
             write_bytes(options.json, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
     except (OSError, RuntimeError, TypeError, ValueError) as error:  # RuntimeError: torch's, for numbers out of range
@@ -72,8 +66,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--horizon", type=int, default=96, help="time steps that it forecasts")
     add("--split", type=_split, metavar="A,B,C", help="rows to train, validate, test on; else 70, 10, 20 %% (not ETT)")
     add("--loss", choices=("documented", "published"), default="documented", help="as documented, or as in the paper")
-    add("--weight", type=_setting, action="append", default=[], metavar="NAME=VALUE", help="a setting of the loss")
-    add("--set", type=_setting, action="append", default=[], metavar="NAME=VALUE", help="a setting of the model")
+    add("--weight", type=parse_setting, action="append", default=[], metavar="NAME=VALUE", help="a setting of the loss")
+    add("--set", type=parse_setting, action="append", default=[], metavar="NAME=VALUE", help="a setting of the model")
     add("--period", type=int, help="time steps of a season, for the seasonal baseline; without it: 24, or the history")
     for name, what in (
         ("epochs", "at most so many"),
@@ -87,6 +81,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", help="cpu, cuda, mps")
     add("--checkpoint", metavar="FILE", help="go on from this file if it is there; replaced after every epoch")
     add("--json", metavar="OUT", help="write the result there too")
+    what = "fine-tune a language model, and say what it gained and what it lost"
+    finetune.add_options(
+        commands.add_parser("finetune", help=what, description=what, formatter_class=shows, allow_abbrev=False)
+    )
     return parser
 
 
@@ -95,8 +93,8 @@ def forecast(options: argparse.Namespace) -> dict:
     values, lengths = _data(options)
     module, make_model = MODELS[options.model]
     loss_function = getattr(module, f"{options.loss}_loss")
-    weights = _settings("--weight", options.weight, loss_function)
-    settings = _settings("--set", options.set, make_model)
+    weights = choose_settings("--weight", options.weight, loss_function)
+    settings = choose_settings("--set", options.set, make_model)
     asked = settings.get("endogenous")
     train, validation, test, _ = prepare(values, lengths, options.history, options.horizon, endogenous=asked)
     period = min(24, options.history) if options.period is None else options.period
@@ -139,47 +137,6 @@ def _split(text: str) -> tuple[int, ...]:
     if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
         raise argparse.ArgumentTypeError(f"wants three whole numbers such as 8640,2880,2880; got {text!r}")
     return tuple(map(int, parts))
-
-
-def _setting(text: str) -> tuple[str, bool | int | float | str | tuple[int, ...]]:
-    """NAME=VALUE; the value true, false, a number, a word, or several whole numbers with commas between them."""
-    name, _, value = text.partition("=")
-    if value in ("true", "false"):
-        return name, value == "true"
-    for kind in (int, float):
-        try:
-            return name, kind(value)
-        except ValueError:
-            pass
-    if re.fullmatch(r"-?\d+(,-?\d+)+", value):
-        return name, tuple(map(int, value.split(",")))
-    if re.fullmatch(r"\w+", value):
-        return name, value
-    raise argparse.ArgumentTypeError(f"wants NAME=VALUE such as trend_weight=0.5; got {text!r}")
-
-
-def _settings(option: str, given: list[tuple], function: Callable) -> dict:
-    """The defaults of a loss or a model with the given values on top.
-
-    Raises ValueError for a setting that it does not take, or a value that is not of the kind of the default.
-    """
-    parameters = inspect.signature(function).parameters.values()
-    takes = {parameter.name: parameter.default for parameter in parameters if _is_setting(parameter)}
-    settings = dict(takes)
-    for name, value in given:
-        if name not in takes:
-            what = f"takes {', '.join(takes)}" if takes else "takes none"
-            raise ValueError(f"{option}: {function.__name__} has no {name!r}; it {what}")
-        kinds, wanted = KINDS.get(type(takes[name]), ((type(value),), ""))
-        if type(value) not in kinds:
-            raise ValueError(f"{option}: {name} must be {wanted}; got {value!r}")
-        settings[name] = float(value) if isinstance(takes[name], float) else value
-    return settings
-
-
-def _is_setting(parameter: inspect.Parameter) -> bool:
-    """Whether a parameter has a default to change; what a model returns follows from the loss."""
-    return parameter.default is not parameter.empty and not parameter.name.startswith("return_")
 
 
 def _data(options: argparse.Namespace) -> tuple[Tensor, tuple[int, ...]]:

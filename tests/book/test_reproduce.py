@@ -15,6 +15,8 @@ import torch
 from books import ROOT
 
 from mini_impl import cli
+from mini_impl.finetuning.methods import METHODS
+from mini_impl.settings import choose_settings
 
 SCRIPT = ROOT / "book" / "experiments" / "reproduce.py"
 
@@ -77,8 +79,33 @@ def test_every_command_of_the_table_is_one_that_the_program_takes(reproduce):
     assert len({reproduce.state(run, "json") for run in runs}) == len(runs)
     for run in runs:
         options = reproduce.options(run)
-        assert options.model == run.model and run.seconds > 0
+        assert run.seconds > 0
+        if run.arguments[0] == "finetune":
+            assert options.method == run.model and (options.model == "smollm2") == (run.part == "smollm2")
+            make_method = METHODS[options.method, options.loss]
+            assert choose_settings("--set", options.set, make_method)
+            continue
+        assert options.model == run.model
         assert (options.ett, options.history, options.horizon) == ("ETTh1" if run.part == "etth1" else None, 96, 96)
+
+
+def test_the_methods_make_as_many_updates_of_as_many_sequences(reproduce):
+    """But for SFT, whose mark is another; and five seeds each."""
+    work, seeds = set(), {}
+    for run in (run for run in reproduce.all_runs() if run.part == "finetuning"):
+        options = reproduce.options(run)
+        seeds.setdefault((run.model, run.label), []).append(options.seed)
+        given = choose_settings("--set", options.set, METHODS[options.method, options.loss])
+        sequences = given.get("sequences") or given["prompts"] * given["group"]
+        if run.model != "sft":
+            work.add((options.steps * given.get("updates", 1), sequences))
+    assert work == {(200, 256)} and set(map(tuple, seeds.values())) == {(0, 1, 2, 3, 4)}
+
+
+def test_curves_are_kept_in_ten_parts(reproduce):
+    result = {"versions": {}, "seconds": 1.0, "curves": {"long": list(range(20)), "short": [1, 2]}}
+    expected = {"long": [0.5 + 2 * i for i in range(10)], "short": [1.0, 2.0]}
+    assert reproduce.tuned(result) == {"seconds": 1.0, "curves": expected}
 
 
 def test_the_protocol_of_the_terms(reproduce):

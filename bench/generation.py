@@ -1,0 +1,113 @@
+"""Tokens a second of `generate` beside transformers' own, on the tiny model with a batch of 64.
+
+Both sample at temperature 1, with a cache, from the same weights; they take turns in one run. Ours records the
+log-probabilities besides, transformers' does not. python -m bench.generation prints it.
+"""
+
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from tqdm import tqdm
+
+from mini_impl.finetuning.arithmetic import BAD_KINDS, Tokenizer, base_model, problems
+from mini_impl.finetuning.language_model import LanguageModel, hugging_face_name
+from mini_impl.finetuning.sampling import generate
+
+BATCH, ROUNDS = 64, 30
+STOP = Tokenizer.stop
+
+
+def peer(model: LanguageModel):
+    """transformers' Llama with the same weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = model.settings
+    config = LlamaConfig(
+        vocab_size=sizes["vocabulary"],
+        hidden_size=sizes["width"],
+        num_hidden_layers=sizes["layers"],
+        num_attention_heads=sizes["heads"],
+        num_key_value_heads=sizes["key_value_heads"],
+        intermediate_size=sizes["feed_forward_width"],
+        rms_norm_eps=sizes["epsilon"],
+        rope_parameters={"rope_type": "default", "rope_theta": sizes["rope_base"]},
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=STOP,
+        pad_token_id=STOP,
+    )
+    llama = LlamaForCausalLM(config).eval()
+    weights = {hugging_face_name(name): value for name, value in model.state_dict().items()}
+    missing, unexpected = llama.load_state_dict(weights, strict=False)
+    assert missing == ["lm_head.weight"] and not unexpected, (missing, unexpected)  # the head is the embedding again
+    return llama
+
+
+def ours(model: LanguageModel, prompts: list[list[int]], max_tokens: int) -> Callable[[int], int]:
+    """A turn: sample once with a seed, return how many tokens came out, up to and with the stop token."""
+    return lambda seed: int(generate(model, prompts, max_tokens, STOP, seed=seed).mask.sum())
+
+
+def theirs(model: LanguageModel, prompts: list[list[int]], max_tokens: int) -> Callable[[int], int]:
+    llama, time = peer(model), max(map(len, prompts))
+    tokens = torch.tensor([[STOP] * (time - len(ids)) + ids for ids in prompts])
+    present = torch.tensor([[0] * (time - len(ids)) + [1] * len(ids) for ids in prompts])
+
+    @torch.inference_mode()
+    def turn(seed: int) -> int:
+        torch.manual_seed(seed)
+        whole = llama.generate(
+            tokens, attention_mask=present, do_sample=True, top_k=0, max_new_tokens=max_tokens, use_cache=True
+        )
+        new = whole[:, time:]
+        return int(((new == STOP).cumsum(1) - (new == STOP).long() == 0).sum())
+
+    return turn
+
+
+def cases() -> dict[str, tuple[LanguageModel, list[list[int]], int]]:
+    """What is sampled: {description: (model, prompts, max_tokens)}."""
+    source, tokenizer = random.Random(0), Tokenizer()
+    some = source.sample([problem for kind in BAD_KINDS for problem in problems(kind)], BATCH)
+    prompts = [tokenizer.encode(problem.prompt) for problem in some]
+    torch.manual_seed(0)
+    untrained = LanguageModel(tokenizer.vocabulary).eval()  # it stops by chance, with 1 token in 13
+    return {
+        "8 sums, 8 answers each": (base_model(), [ids for ids in prompts[: BATCH // 8] for _ in range(8)], 6),
+        "64 sums": (base_model(), prompts, 6),
+        "64 prompts, untrained, up to 64 tokens": (untrained, prompts, 64),
+    }
+
+
+def compare(model: LanguageModel, prompts: list[list[int]], max_tokens: int, description: str) -> dict:
+    """Tokens a second of both in turn, and ours as a multiple of transformers'."""
+    turns = {"ours": ours(model, prompts, max_tokens), "transformers": theirs(model, prompts, max_tokens)}
+    speeds: dict[str, list[float]] = {name: [] for name in turns}
+    for seed in tqdm(range(-3, ROUNDS), desc=description, disable=None):
+        for name, turn in turns.items():
+            start = time.perf_counter()
+            tokens = turn(abs(seed))
+            if seed >= 0:  # the first ones warm up
+                speeds[name].append(tokens / (time.perf_counter() - start))
+    ratios = [a / b for a, b in zip(*speeds.values(), strict=True)]
+    return {
+        "tokens a second, median": {name: round(statistics.median(values)) for name, values in speeds.items()},
+        "ratio to transformers": {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)},
+    }
+
+
+def measure() -> dict:
+    """Each of the cases with both."""
+    return {
+        "what": f"sampling, batch of {BATCH}, temperature 1, {torch.get_num_threads()} threads",
+        "cases": {description: compare(*case, description) for description, case in cases().items()},
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    print(json.dumps(measure(), indent=1))

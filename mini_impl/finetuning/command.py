@@ -1,0 +1,101 @@
+"""The command `mini-impl finetune`: fine-tune a language model of the book, and say what it gained and what it lost."""
+
+import argparse
+import inspect
+from importlib.metadata import version
+
+import torch
+
+from mini_impl.finetuning import tasks
+from mini_impl.finetuning.methods import METHODS
+from mini_impl.finetuning.sft import add_lora, merge_and_unload
+from mini_impl.finetuning.train import Measures, accuracy, fine_tune
+from mini_impl.settings import choose_settings, parse_setting
+
+TASKS = {("tiny", "sums"): tasks.sums, ("smollm2", "sums"): tasks.worded_sums, ("smollm2", "facts"): tasks.facts}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the options of `finetune`; those that end up in `fine_tune` have its defaults."""
+    defaults = {name: option.default for name, option in inspect.signature(fine_tune).parameters.items()}
+    add = parser.add_argument
+    add("method", choices=sorted({method for method, _ in METHODS}))
+    add("--loss", choices=("documented", "published"), default="documented", help="as documented, or as in the paper")
+    add("--model", choices=sorted({model for model, _ in TASKS}), default="tiny", help="smollm2: after make real-model")
+    add("--task", choices=sorted({task for _, task in TASKS}), default="sums", help="what it learns to answer")
+    add("--set", type=parse_setting, action="append", default=[], metavar="NAME=VALUE", help="a setting of the method")
+    add("--all-kinds", action="store_true", help="draw from every kind of problem, not only from the bad cases")
+    add("--lora-rank", type=int, default=0, help="train LoRA of this rank on Q and V alone; 0: all weights")
+    for name, what in (
+        ("steps", "how often it draws problems"),
+        ("learning_rate", "of Adam"),
+        ("largest_gradient", "a longer gradient is shortened to this norm"),
+        ("measure_every", "steps between measures on held-out problems; without it: before and after"),
+        ("questions", "held-out problems of each kind"),
+        ("seed", "of everything that is drawn"),
+    ):
+        kind = int if defaults[name] is None else type(defaults[name])
+        add(f"--{name.replace('_', '-')}", type=kind, default=defaults[name], help=what)
+    add("--device", default="cpu", help="cpu, cuda, mps")
+    add("--checkpoint", metavar="FILE", help="go on from this file if it is there; replaced at every measure")
+    add("--json", metavar="OUT", help="write the result there too")
+
+
+def run(options: argparse.Namespace) -> dict:
+    """Fine-tune and measure as the options say; return everything that the command reports."""
+    if (options.model, options.task) not in TASKS:
+        models = " or ".join(model for model, task in TASKS if task == options.task)
+        raise ValueError(f"--task {options.task} is for --model {models}; got {options.model}")
+    make_method = METHODS[options.method, options.loss]
+    settings = choose_settings("--set", options.set, make_method)
+    torch.manual_seed(options.seed)
+    model, task = TASKS[options.model, options.task]()
+    if options.all_kinds:
+        task = task._replace(trained_kinds=tuple(task.train))
+    if options.lora_rank:
+        add_lora(model, rank=options.lora_rank)
+    names = ("steps", "learning_rate", "largest_gradient", "measure_every", "questions", "seed", "device", "checkpoint")
+    training = fine_tune(model, make_method(task, **settings), **{name: getattr(options, name) for name in names})
+    first, last = training.measures[0], training.measures[options.steps]
+    parameters = list(model.parameters())
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    merged = {"merged": accuracy(merge_and_unload(model), task, options.questions)} if options.lora_rank else {}
+    return {
+        "versions": {"mini_impl": version("mini_impl"), "torch": torch.__version__},
+        "settings": {
+            name: value for name, value in vars(options).items() if name not in ("command", "checkpoint", "json")
+        }
+        | {"set": settings},
+        "parameters": {
+            "all": sum(parameter.numel() for parameter in parameters),
+            "trained": trained,
+        },
+        "trained kinds": list(task.trained_kinds),
+        "start": summary(first, task),
+        "end": {**summary(last, task), **merged},
+        "measures": {step: measures._asdict() for step, measures in training.measures.items()},
+        "curves": {**training.terms, **training.logged},
+        "seconds": round(training.seconds, 1),
+    }
+
+
+def summary(measures: Measures, task: tasks.Task) -> dict:
+    """Measures with the mean accuracy on the kinds that were trained, and on the others."""
+    trained = [measures.accuracy[kind] for kind in task.trained_kinds]
+    others = [value for kind, value in measures.accuracy.items() if kind not in task.trained_kinds]
+    means = {"trained kinds": sum(trained) / len(trained)}
+    if others:
+        means["other kinds"] = sum(others) / len(others)
+    return {**means, **measures._asdict()}
+
+
+def report(result: dict) -> None:
+    """Print the result as a short table."""
+    start, end, parameters = result["start"], result["end"], result["parameters"]
+    print(f"trained {parameters['trained']:,} of {parameters['all']:,} parameters in {result['seconds']} s")
+    print(f"{'held-out accuracy':<32}{'before':>8}{'after':>8}")
+    for kind, before in start["accuracy"].items():
+        name = kind if kind in result["trained kinds"] else f"{kind} (not trained)"
+        print(f"{name:<32}{before:8.3f}{end['accuracy'][kind]:8.3f}")
+    for name in ("kl", "entropy"):
+        print(f"{name + ' of a token, nats':<32}{start[name]:8.3f}{end[name]:8.3f}")

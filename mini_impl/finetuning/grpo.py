@@ -1,0 +1,136 @@
+"""GRPO: several answers to one prompt, each judged by its reward beside the others'.
+
+The documented system makes a target distribution of the rewards and has the new policy imitate it; the published one
+follows the policy gradient with the group's mean as baseline. As the temperature grows the first, less its mean
+weight, becomes the second.
+Sources: the documented system "GRPO"; the paper "DeepSeekMath", Shao et al., 2024; Liu et al., "Understanding
+R1-Zero-Like Training", 2025 (Dr. GRPO).
+"""
+
+from torch import Tensor
+
+from mini_impl import checks
+from mini_impl.finetuning.policy import REDUCTIONS, kl_k3, reduce, token_loss
+from mini_impl.losses import LossTerms
+
+# --- the documented method --------------------------------------------------------------------------------------------
+
+
+def sequence_logprobs(logprobs: Tensor, mask: Tensor, group: int) -> Tensor:
+    """log pi(x_i) = sum over the answer's tokens of log pi(token | all before it), by prompt: [prompt, group].
+
+    logprobs: [prompt x group, token], the answers to one prompt together; of the old policy, those that were recorded
+    when it sampled. mask: same shape, 1 where there is a token of the answer. group: answers a prompt.
+    Raises TypeError, ValueError. Source: documented step 1.
+    """
+    kept = checks.token_mask(mask, logprobs=logprobs)
+    checks.divides("group", group, "the number of sequences", len(logprobs))
+    counted = logprobs.where(kept, 0)
+    checks.logprobs("logprobs, where the mask counts,", counted, "sequence", "token")
+    return counted.sum(1).view(-1, group)  # 1. record the probability of every sampled answer
+
+
+def target_distribution(
+    old_logprobs: Tensor, rewards: Tensor, temperature: float, weights: str = "documented"
+) -> Tensor:
+    """q_i over the answers of a group, [prompt, group], rows with sum 1.
+
+    weights "documented": q_i = pi_old(x_i) e^{r_i / beta} / Z, the law that is meant if the group is every answer there
+    is. "corrected": q_i = e^{r_i / beta} / Z, for answers that were sampled from pi_old: the likely ones are there more
+    often already, and weighed by pi_old they would count twice (q ~ pi_old^2 e^{r / beta} in the limit).
+    old_logprobs: log pi_old of whole answers. rewards: r. temperature: beta, above 0; the smaller, the more the best
+    answer takes. Equal rewards express no preference: q is then pi_old over the group, or 1 / group if corrected.
+    Computed in logs, so that answers of probability e^-500 have their share. Carries no gradient.
+    Raises TypeError, ValueError. Source: documented step 2.
+    """
+    checks.groups("rewards", rewards, old_logprobs=old_logprobs)
+    return _target(old_logprobs, rewards, temperature, weights).exp()
+
+
+def _target(old_logprobs: Tensor, rewards: Tensor, temperature: float, weights: str) -> Tensor:
+    """log q of target_distribution."""
+    checks.choice("weights", weights, ("documented", "corrected"))
+    scores = rewards.detach() / checks.number("temperature", temperature, above=0)
+    checks.all_finite("rewards / temperature", scores)
+    if weights == "documented":
+        scores = old_logprobs.detach() + scores
+    return scores.log_softmax(1)
+
+
+def documented_loss(
+    logprobs: Tensor, old_logprobs: Tensor, rewards: Tensor, temperature: float, weights: str = "documented"
+) -> LossTerms:
+    """L = sum_i q_i [log(pi_old(x_i) / pi(x_i)) + r_i / beta], the mean over prompts; q as target_distribution.
+
+    logprobs, old_logprobs: log pi and log pi_old of whole answers, [prompt, group]. rewards: r, same shape.
+    The gradient is that of -sum_i q_i log pi(x_i): every answer is imitated, a bad one less. Documented weights:
+    L = KL(q || pi) + log Z over the group, so the loss does minimise that divergence, Z = sum pi_old e^{r / beta} being
+    constant. Corrected weights w: L = sum w log(w pi_old / pi) + log sum e^{r / beta}.
+    With equal rewards the gradient is not 0: the group is imitated as it is.
+    Terms: "log_ratio" and "reward", the two parts of the bracket; the second is constant. Raises TypeError, ValueError.
+    Source: documented step 3.
+    """
+    checks.groups("rewards", rewards, logprobs=logprobs, old_logprobs=old_logprobs)
+    q = _target(old_logprobs, rewards, temperature, weights).exp()  # 2. [prompt, group]
+    log_ratio, reward = old_logprobs.detach() - logprobs, rewards.detach() / temperature
+    return LossTerms.of(log_ratio=(q * log_ratio).sum(1).mean(), reward=(q * reward).sum(1).mean())  # 3.
+
+
+def contrastive_loss(logprobs: Tensor, old_logprobs: Tensor, rewards: Tensor, temperature: float) -> LossTerms:
+    """L = KL(w || p) over the group, the mean over prompts: w = softmax(r / beta), p = softmax(log pi - log pi_old).
+
+    logprobs, old_logprobs, rewards: [prompt, group], as documented_loss. p is the new policy's share of each answer
+    among those of the group, each divided by how often it was to be sampled. The gradient by log pi(x_i) is p_i - w_i.
+    As w and p both sum to 1 it has both signs: an answer that holds more than its share is pushed down, and no
+    probability is drawn onto the group as a whole. It is 0 where pi is, on the group, proportional to
+    pi_old e^{r / beta}. At pi = pi_old, where p = 1 / group, it is that of documented_loss with corrected weights, less
+    its mean weight; equal rewards then teach nothing.
+    Term: "contrast". Raises TypeError, ValueError. Source: the documented method, normalised over the group.
+    """
+    checks.groups("rewards", rewards, logprobs=logprobs, old_logprobs=old_logprobs)
+    target = _target(old_logprobs, rewards, temperature, "corrected")  # log w
+    share = (logprobs - old_logprobs.detach()).log_softmax(1)  # log p
+    return LossTerms.of(contrast=(target.exp() * (target - share)).sum(1).mean())
+
+
+# --- the published method ---------------------------------------------------------------------------------------------
+
+
+def published_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    ref_logprobs: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    kl_weight: float = 0.0,
+    reduce_by: str = "sequence",
+    max_length: int | None = None,
+    kl_gradient: str = "plain",
+) -> LossTerms:
+    """L = mean of -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) + beta k3 over the tokens of the answers.
+
+    logprobs, old_logprobs, ref_logprobs: log pi, log pi_old (recorded at sampling: it stays, however many updates one
+    rollout serves) and log pi_ref of the tokens, [sequence, token]. advantages: A, [sequence], of policy.advantages,
+    flattened. mask: [sequence, token], bool or 0 and 1, of the answers' tokens; what stands beside them is not read.
+    kl_weight: beta. kl_gradient: "plain" k3, whose mean gradient is that of KL(pi_ref || pi), as in the paper;
+    "weighted": rho k3, that of KL(pi || pi_ref). reduce_by: "sequence" as in the paper, "token", or "length" with
+    max_length (Dr. GRPO, whose advantages are not scaled either): see policy.token_weights.
+    Advantages that are all 0 leave the KL alone to pull.
+    Terms: "policy", and "kl" if there are ref_logprobs. At pi = pi_old the first is minus the mean advantage, so 0
+    by sequence, and its gradient is not. Raises TypeError, ValueError.
+    Source: the paper, its objective and its KL estimate, with one advantage for all tokens of an answer.
+    """
+    given = {"logprobs": logprobs, "old_logprobs": old_logprobs}
+    given |= {} if ref_logprobs is None else {"ref_logprobs": ref_logprobs}
+    mask = checks.token_mask(mask, **given)
+    checks.choice("reduce_by", reduce_by, REDUCTIONS)
+    checks.reference(kl_weight, kl_gradient, ref_logprobs)
+    logprobs, old_logprobs, *reference = (value.where(mask, 0) for value in given.values())
+    per_token = token_loss(logprobs, old_logprobs, advantages, clip_low, clip_high)
+    terms = {"policy": reduce(per_token, mask, reduce_by, max_length)}
+    for ref_logprobs in reference:
+        estimate = kl_k3(logprobs, ref_logprobs, old_logprobs if kl_gradient == "weighted" else None)
+        terms["kl"] = kl_weight * reduce(estimate, mask, reduce_by, max_length)
+    return LossTerms.of(**terms)

@@ -1,0 +1,277 @@
+"""A language model: from the tokens so far to a score for every token that may come next.
+
+One decoder in the style of Llama, in the order in which a token goes through it. With small numbers it is the model
+that the chapters train; with those of SmolLM2-135M it computes what SmolLM2 does.
+Source: Touvron et al., "LLaMA: Open and Efficient Foundation Language Models", 2023, and what it cites.
+"""
+
+import math
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mini_impl import checks
+from mini_impl.checkpoint import load_checkpoint, save_checkpoint
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean of x^2 + epsilon) times a learned scale, over the last axis: [.., width] -> the same.
+
+    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
+    """
+
+    def __init__(self, width: int, epsilon: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.epsilon = epsilon
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        exact = tokens if tokens.dtype.itemsize >= 4 else tokens.float()  # a square is soon beyond half precision
+        normed = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.epsilon)
+        return normed.to(tokens.dtype) * self.weight
+
+
+@lru_cache(maxsize=16)
+def _frequencies(size: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Turns a position, in radians, of each of the size / 2 pairs of features: base^(-2i / size)."""
+    return (base ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)).to(dtype).to(device)
+
+
+def rotations(positions: Tensor, size: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of the angles position * base^(-2i / size): each [batch, 1, time, size], for i and i + size / 2.
+
+    positions: whole numbers [batch, time]. Angles in float32 at least, as half precision cannot count to a thousand.
+    """
+    exact = dtype if dtype.itemsize >= 4 else torch.float32
+    angles = positions[:, None, :, None] * _frequencies(size, base, exact, positions.device)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn features i and i + size / 2 of [batch, head, time, size] by the angle of their position.
+
+    The product of a query and a key then depends on their distance alone.
+    Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021; the pairs,
+    as in public code.
+    """
+    first, second = vectors.chunk(2, dim=-1)
+    return vectors * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class Cache:
+    """Keys and values of the tokens so far, so that generating the next one does not compute them again.
+
+    Room for `length` tokens: keys and values [block, batch, key_value_head, length, size]. filled: how many are in.
+    Raises ValueError for tokens that do not fit, and where a gradient is asked for: it keeps none.
+    """
+
+    def __init__(self, model: "LanguageModel", batch: int, length: int):
+        checks.integer("batch", batch)
+        checks.integer("length", length)
+        attention = model.blocks[0].attention
+        shape = len(model.blocks), batch, attention.key_value_heads, length, attention.size
+        weight = model.embedding.weight
+        self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self.values = torch.zeros_like(self.keys)
+        self.filled = 0
+
+    def extend(self, block: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put a block's new keys and values behind those that are in; return all of them."""
+        checks.fits_cache(keys, values, self.keys[block], self.filled)
+        end = self.filled + keys.shape[2]
+        self.keys[block, :, :, self.filled : end] = keys
+        self.values[block, :, :, self.filled : end] = values
+        return self.keys[block, :, :, :end], self.values[block, :, :, :end]
+
+
+class Attention(nn.Module):
+    """softmax(Q K' / sqrt(size)) V over the tokens so far, with `heads` queries that share `key_value_heads` keys.
+
+    Source: Ainslie et al., "GQA: Training Generalized Multi-Query Transformer Models", 2023.
+    """
+
+    def __init__(self, width: int, heads: int, key_value_heads: int):
+        super().__init__()
+        self.heads, self.key_value_heads, self.size = heads, key_value_heads, width // heads
+        self.query = nn.Linear(width, heads * self.size, bias=False)
+        self.key = nn.Linear(width, key_value_heads * self.size, bias=False)
+        self.value = nn.Linear(width, key_value_heads * self.size, bias=False)
+        self.output = nn.Linear(heads * self.size, width, bias=False)
+
+    def forward(
+        self, tokens: Tensor, rotation: tuple, allowed: Tensor | None, cache: Cache | None, block: int
+    ) -> Tensor:
+        """[batch, time, width] -> the same. allowed: bool [batch, 1, time, key]; None: each sees all before it."""
+        query = rotate(self._split(self.query(tokens), self.heads), *rotation)  # [batch, head, time, size]
+        key = rotate(self._split(self.key(tokens), self.key_value_heads), *rotation)
+        value = self._split(self.value(tokens), self.key_value_heads)
+        if cache is not None:
+            key, value = cache.extend(block, key, value)
+        if self.heads > self.key_value_heads:  # each key serves heads / key_value_heads queries
+            key, value = (x.repeat_interleave(self.heads // self.key_value_heads, dim=1) for x in (key, value))
+        causal = allowed is None and query.shape[2] == key.shape[2]  # one new token sees all; a mask says it itself
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, is_causal=causal)
+        return self.output(mixed.transpose(1, 2).flatten(2))
+
+    def _split(self, features: Tensor, heads: int) -> Tensor:
+        return features.unflatten(-1, (heads, self.size)).transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """down(silu(gate(x)) * up(x)), each token alone. Source: Shazeer, "GLU Variants Improve Transformer", 2020."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.gate = nn.Linear(width, hidden, bias=False)
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(tokens)) * self.up(tokens))
+
+
+class Block(nn.Module):
+    """x <- x + attention(norm(x)); x <- x + feed_forward(norm(x))."""
+
+    def __init__(self, width: int, heads: int, key_value_heads: int, feed_forward_width: int, epsilon: float):
+        super().__init__()
+        self.attention_norm = RMSNorm(width, epsilon)
+        self.attention = Attention(width, heads, key_value_heads)
+        self.feed_forward_norm = RMSNorm(width, epsilon)
+        self.feed_forward = FeedForward(width, feed_forward_width)
+
+    def forward(
+        self, tokens: Tensor, rotation: tuple, allowed: Tensor | None, cache: Cache | None, block: int
+    ) -> Tensor:
+        tokens = tokens + self.attention(self.attention_norm(tokens), rotation, allowed, cache, block)
+        return tokens + self.feed_forward(self.feed_forward_norm(tokens))
+
+
+class LanguageModel(nn.Module):
+    """Token ids [batch, time] -> logits [batch, time, vocabulary] of the token that comes next.
+
+    vocabulary: how many tokens there are. width: of a token's vector, an even multiple of heads. layers: blocks.
+    heads: queries of an attention; key_value_heads: keys and values, a divisor of heads. feed_forward_width: hidden
+    width of the feed-forward. rope_base: the longest wavelength of the positions is about 2 pi rope_base tokens.
+    epsilon: of the normalisations. The head is the embedding again ("tied").
+    Raises TypeError, ValueError.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        width: int = 64,
+        layers: int = 2,
+        heads: int = 4,
+        key_value_heads: int = 2,
+        feed_forward_width: int = 128,
+        rope_base: float = 10000.0,
+        epsilon: float = 1e-5,
+    ):
+        super().__init__()
+        checks.integer("vocabulary", vocabulary)
+        twice = 2 * checks.integer("heads", heads)  # since positions turn pairs of features
+        checks.divides("2 * heads", twice, "width", width)
+        checks.divides("key_value_heads", key_value_heads, "heads", heads)
+        checks.integer("feed_forward_width", feed_forward_width)
+        self.settings = {
+            "vocabulary": vocabulary,
+            "width": width,
+            "layers": checks.integer("layers", layers),
+            "heads": heads,
+            "key_value_heads": key_value_heads,
+            "feed_forward_width": feed_forward_width,
+            "rope_base": checks.number("rope_base", rope_base, above=1),
+            "epsilon": checks.number("epsilon", epsilon, above=0),
+        }
+        self.rope_base = rope_base
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.blocks = nn.ModuleList(
+            Block(width, heads, key_value_heads, feed_forward_width, epsilon) for _ in range(layers)
+        )
+        self.norm = RMSNorm(width, epsilon)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:  # sums over the blocks keep their size, as in GPT-2
+                deep = name.endswith(("output.weight", "down.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers) if deep else 0.02)
+
+    def forward(self, tokens: Tensor, present: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Logits [batch, time, vocabulary]. The arguments are those of `hidden`."""
+        return self.hidden(tokens, present, cache) @ self.embedding.weight.T
+
+    def hidden(self, tokens: Tensor, present: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """What the head reads: [batch, time, width]; the logits are its products with the rows of the embedding.
+
+        tokens: ids, whole numbers [batch, time]. With a cache: those that come after what is in it; it is extended.
+        present: bool [batch, key], with a column for every token so far; False for padding, which nobody attends to and
+        which is not counted in the positions, so that a padded row gives what it gives alone. None: all are present.
+        Raises TypeError, ValueError for what is no token id, for a row of padding alone, and as Cache does.
+        """
+        before = 0 if cache is None else cache.filled
+        checks.token_ids("tokens", tokens, self.embedding.num_embeddings, "batch", "time")
+        checks.presence(present, tokens, before)
+        time = tokens.shape[1]
+        if present is None:
+            positions = torch.arange(before, before + time, device=tokens.device)[None]  # [1, time]
+            allowed = None if before == 0 or time == 1 else _causal(time, before, tokens.device)[None, None]
+        else:
+            positions = (present.cumsum(1) - 1).clamp(min=0)[:, before:]  # [batch, time]
+            allowed = _causal(time, before, tokens.device) & present[:, None, None]  # [batch, 1, time, key]
+            allowed = allowed | _causal(time, before, tokens.device).triu(before)  # padding: itself, as it needs one
+        vectors = self.embedding(tokens)
+        rotation = rotations(positions, self.blocks[0].attention.size, self.rope_base, vectors.dtype)
+        for number, block in enumerate(self.blocks):
+            vectors = block(vectors, rotation, allowed, cache, number)
+        if cache is not None:
+            cache.filled += time
+        return self.norm(vectors)
+
+
+@lru_cache(maxsize=16)
+def _causal(time: int, before: int, device: torch.device) -> Tensor:
+    """bool [time, before + time]: each token sees itself and those before it."""
+    return torch.ones(time, before + time, dtype=torch.bool, device=device).tril(before)
+
+
+# --- weights on disk --------------------------------------------------------------------------------------------------
+
+# What Hugging Face's Llama calls our parts. Adapters on disk have its names too, as PEFT writes them.
+HUGGING_FACE = {
+    "embedding": "embed_tokens",
+    "blocks": "layers",
+    "attention": "self_attn",
+    "query": "q_proj",
+    "key": "k_proj",
+    "value": "v_proj",
+    "output": "o_proj",
+    "feed_forward": "mlp",
+    "gate": "gate_proj",
+    "up": "up_proj",
+    "down": "down_proj",
+    "attention_norm": "input_layernorm",
+    "feed_forward_norm": "post_attention_layernorm",
+}
+
+
+def hugging_face_name(name: str) -> str:
+    """What Hugging Face calls a part of ours: blocks.0.attention.query -> model.layers.0.self_attn.q_proj."""
+    return ".".join(["model", *(HUGGING_FACE.get(part, part) for part in name.split("."))])
+
+
+def save_language_model(model: LanguageModel, path: Path | str) -> None:
+    """Write a model's settings and weights to one safetensors file, atomically."""
+    save_checkpoint(path, model.state_dict(), {"language model": model.settings})
+
+
+def load_language_model(path: Path | str) -> LanguageModel:
+    """Read what save_language_model wrote. Raises FileNotFoundError; ValueError for a file of another kind."""
+    tensors, state = load_checkpoint(path)
+    if "language model" not in state:
+        raise ValueError(f"{path} holds no language model that save_language_model wrote")
+    model = LanguageModel(**state["language model"]).to(tensors["embedding.weight"].dtype)
+    model.load_state_dict(tensors)
+    return model.eval()

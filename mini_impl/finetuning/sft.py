@@ -1,0 +1,306 @@
+"""SFT with LoRA: learn given answers, by training two small matrices beside each weight that stays as it is.
+
+Sources: the documented system "SFT"; Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from mini_impl import checks
+from mini_impl.checkpoint import write_bytes
+from mini_impl.finetuning.language_model import hugging_face_name
+from mini_impl.losses import LossTerms, NonFiniteLoss
+
+# --- what is learnt: prompts with the right answers -------------------------------------------------------------------
+
+
+def supervised(
+    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], padding: int, ignore_index: int = -100
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompts with their answers behind them, for a loss on the answers alone.
+
+    prompts, answers: token ids, of any lengths but 0; an answer has its stop token. padding: the id that fills up.
+    Returns (tokens, labels, present), each [sequence, time]: labels[:, t] is the token after tokens[:, t], or
+    ignore_index where that belongs to the prompt or is padding; present is False for padding, which is at the end.
+    Raises ValueError if there is no prompt, or not one answer to each. Source: the documented input; masks as in public
+    code.
+    """
+    checks.answered(prompts, answers)
+    time = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)) - 1
+    tokens = torch.full((len(prompts), time), padding)
+    labels = torch.full((len(prompts), time), ignore_index)
+    present = torch.zeros(len(prompts), time, dtype=torch.bool)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        whole, end = torch.tensor([*prompt, *answer]), len(prompt) + len(answer) - 1
+        tokens[row, :end], present[row, :end] = whole[:-1], True
+        labels[row, len(prompt) - 1 : end] = whole[len(prompt) :]
+    return tokens, labels, present
+
+
+# --- the loss: four documented formulas, each a function --------------------------------------------------------------
+
+
+def token_cross_entropy(probabilities: Tensor, tokens: Tensor) -> Tensor:
+    """-sum_i y_i log yhat_i = -log yhat_x in nats, as y is 1 for the token x that came and 0 for all others.
+
+    probabilities: yhat, [.., vocabulary], as softmax returns them. tokens: x, ids [..]. Returns [..].
+    Raises TypeError, ValueError; NonFiniteLoss where yhat_x is 0 (log_sum_exp_loss has a value there).
+    Source: the documented loss of one token.
+    """
+    checks.tensor("probabilities", probabilities, ..., "vocabulary")
+    checks.chosen(tokens, probabilities.shape[-1], "probabilities", probabilities)
+    chosen = _pick(probabilities, tokens)
+    if chosen.min() <= 0:
+        raise NonFiniteLoss(
+            f"the probability of a token is {chosen.min().item()}, of which the logarithm is not finite; "
+            "log_sum_exp_loss takes the logits and does not underflow"
+        )
+    return -chosen.log()
+
+
+def sentence_mean(token_losses: Tensor, mask: Tensor) -> Tensor:
+    """1/T sum_t L_t, T the tokens that count: [sentence, token] -> [sentence].
+
+    mask: bool (or 0 and 1) [sentence, token], False for tokens that do not count: prompt and padding.
+    Raises TypeError, ValueError, naming the sentences, where none counts.
+    Source: the documented loss of a sentence; the mask, which the text leaves out, as in public code.
+    """
+    mask = checks.token_mask(mask, token_losses=token_losses)
+    return token_losses.where(mask, 0).sum(1) / mask.sum(1)
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """yhat_i = exp(z_i) / sum_j exp(z_j): [.., vocabulary] -> the same, each row with sum 1.
+
+    Computed from z - max z, which changes nothing in the formula and keeps exp from overflowing.
+    Raises TypeError, ValueError. Source: the documented softmax.
+    """
+    checks.tensor("logits", logits, ..., "vocabulary")
+    powers = (logits - logits.amax(-1, keepdim=True).detach()).exp()
+    return powers / powers.sum(-1, keepdim=True)
+
+
+def log_sum_exp_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """-z_c + log sum_j exp(z_j): token_cross_entropy of softmax(z), without a probability that could become 0.
+
+    logits: z, [.., vocabulary]. tokens: c, ids [..]. Returns [..], in nats. Raises TypeError, ValueError.
+    Source: the documented loss with the softmax put in.
+    """
+    checks.tensor("logits", logits, ..., "vocabulary")
+    checks.chosen(tokens, logits.shape[-1], "logits", logits)
+    return -_pick(logits, tokens) + logits.logsumexp(-1)
+
+
+def _pick(values: Tensor, tokens: Tensor) -> Tensor:
+    """The entry of each row [.., vocabulary] that its token [..] names."""
+    return values.gather(-1, tokens.long()[..., None])[..., 0]
+
+
+def documented_loss(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> LossTerms:
+    """L = mean over sentences of 1/T sum_t -log yhat_{x_t}, T the kept tokens of each sentence.
+
+    logits: [sentence, token, vocabulary]. labels: ids [sentence, token]; labels[:, t] is what logits[:, t] should say,
+    so they are shifted by one already; ignore_index marks what does not count, prompt and padding.
+    A short answer weighs as much as a long one. Term: "cross_entropy", in nats.
+    Raises TypeError, ValueError, naming the sentences, where every label is ignored. Source: the documented loss.
+    """
+    token_losses, kept = _token_losses(logits, labels, ignore_index)
+    return LossTerms.of(cross_entropy=sentence_mean(token_losses, kept).mean())
+
+
+def published_loss(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> LossTerms:
+    """L = 1/(kept tokens of the batch) sum over them of -log yhat_{x_t}: every token weighs the same.
+
+    As documented_loss otherwise. Source: public code (transformers, trl).
+    """
+    token_losses, kept = _token_losses(logits, labels, ignore_index)
+    return LossTerms.of(cross_entropy=token_losses.sum() / kept.sum())
+
+
+def _token_losses(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """(losses, kept), both [sentence, token]: log_sum_exp_loss in one fused operation, 0 where not kept."""
+    checks.labels(labels, logits, ignore_index)
+    flat = logits.flatten(0, 1), labels.flatten().long()
+    losses = F.cross_entropy(*flat, ignore_index=ignore_index, reduction="none")
+    return losses.view(labels.shape), labels != ignore_index
+
+
+# --- LoRA: what is trained --------------------------------------------------------------------------------------------
+
+
+class LoRALinear(nn.Module):
+    """y = x (W + BA)' (+ bias) for a linear layer whose W [out, in] is frozen: only A and B are trained.
+
+    base: the layer that has W. rank: r, how many rows A [r, in] and columns B [out, r] have; at most in and out.
+    alpha: None, as documented, or a number: then BA is scaled by alpha / r, as in the paper.
+    A begins random, B at 0, so that the layer begins as W alone; the first gradient step moves only B.
+    In half precision A and B are kept in float32, as small steps would be rounded away.
+    Raises TypeError, ValueError. Source: the documented W + BA; start and scale, which the text leaves out, as in the
+    paper, A uniform between -1/sqrt(in) and 1/sqrt(in) as in public code.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float | None = None):
+        super().__init__()
+        checks.rank(rank, {"base": base})
+        self.rank = rank
+        self.alpha = alpha if alpha is None else checks.number("alpha", alpha, above=0)
+        self.base = base.requires_grad_(False)
+        like = {"dtype": torch.promote_types(base.weight.dtype, torch.float32), "device": base.weight.device}
+        self.A = nn.Parameter(torch.empty(rank, base.in_features, **like))
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    @property
+    def scale(self) -> float:
+        """s: 1, or alpha / r."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        frozen = self.base(x)
+        low_rank = F.linear(F.linear(x.to(self.A.dtype), self.A), self.B)  # x A' B': BA [out, in] is never built
+        if self.scale != 1:
+            low_rank = low_rank * self.scale
+        return (frozen + low_rank).to(frozen.dtype)
+
+    def merged_weight(self) -> Tensor:
+        """W + s BA [out, in], in the dtype of A and B: float32 or float64."""
+        return self.base.weight + (self.B @ self.A) * self.scale
+
+
+def add_lora(
+    model: nn.Module, targets: Sequence[str] = ("query", "value"), rank: int = 8, alpha: float | None = None
+) -> nn.Module:
+    """Put a LoRALinear in the place of each linear layer that has one of these names; freeze every other parameter.
+
+    targets: last parts of the names, "query" for blocks.0.attention.query. rank, alpha: as in LoRALinear.
+    Changes the model and returns it. What an optimiser is to train is what requires a gradient: A and B alone.
+    Raises TypeError, ValueError if a target names no linear layer, the rank is too large for one, or the model has
+    adapters already; the model is then as it was. Source: the documented system, Q and V.
+    """
+    layers = checks.lora_targets(targets, _linear_layers(model))
+    checks.rank(rank, layers)
+    return _put_in(model, {name: LoRALinear(layer, rank, alpha) for name, layer in layers.items()})
+
+
+def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """A model's linear layers by name. Raises ValueError if it has adapters already."""
+    checks.no_adapters(lora_layers(model))
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name}
+
+
+def _put_in(model: nn.Module, adapters: dict[str, LoRALinear]) -> nn.Module:
+    """Freeze the model, and put each adapter in its place."""
+    model.requires_grad_(False)
+    for name, adapter in adapters.items():
+        _replace(model, name, adapter)
+    return model
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, layer)
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The adapters of a model by the names of the layers that they stand for."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def merge_and_unload(model: nn.Module) -> nn.Module:
+    """Write W + s BA into each adapted layer, and the plain layer back into its place.
+
+    The sum is computed in float32 (float64 for a model in float64) and then rounded to the dtype of W once: each entry
+    is off by at most half a unit in its last place (relatively 2^-8 in bfloat16, 2^-11 in float16), and by what float32
+    rounds in the sum. In half precision an update that is smaller than that is lost. The old W is not kept.
+    Changes the model and returns it, still frozen. Raises ValueError if the model has no adapters, or a merged weight
+    would not be finite; the model is then as it was. Source: the documented output of SFT.
+    """
+    layers = checks.some_adapters(lora_layers(model))
+    with torch.no_grad():
+        merged = {name: layer.merged_weight().to(layer.base.weight.dtype) for name, layer in layers.items()}
+        for name, weight in merged.items():
+            checks.all_finite(f"the merged weight of {name}", weight)
+        for name, layer in layers.items():
+            layer.base.weight.copy_(merged[name])
+            _replace(model, name, layer.base)
+    return model
+
+
+# --- adapters on disk, in the format of PEFT --------------------------------------------------------------------------
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def save_adapter(model: nn.Module, folder: Path | str) -> None:
+    """Write the adapters of a LanguageModel to a folder, as PEFT does: it loads them on a Llama with the same weights.
+
+    The files are adapter_config.json and adapter_model.safetensors; each is replaced in one step. An adapter without
+    alpha is written with alpha = rank, which is the same scale, 1.
+    Raises ValueError if the model has no adapters, or several with another rank or alpha.
+    """
+    layers = checks.some_adapters(lora_layers(model))
+    rank, alpha = checks.one_rank({name: (layer.rank, layer.scale * layer.rank) for name, layer in layers.items()})
+    tensors = {}
+    for name, layer in layers.items():
+        for part in ("A", "B"):
+            tensors[_key(name, part)] = getattr(layer, part).detach().cpu().contiguous()
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "r": rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": sorted({hugging_face_name(name).split(".")[-1] for name in layers}),
+        "inference_mode": True,
+    }
+    write_bytes(Path(folder) / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    write_bytes(Path(folder) / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
+    """Put the adapters that save_adapter or PEFT wrote into a LanguageModel that has none; freeze all else.
+
+    Changes the model and returns it. Raises FileNotFoundError; ValueError for another kind of adapter, or for one of
+    another model: unknown layers, other shapes.
+    """
+    layers = _linear_layers(model)
+    config, tensors = _read_adapter(Path(folder))
+    keys = {_key(name, part): (name, part) for name in layers for part in ("A", "B")}
+    adapted = checks.adapter_layers(
+        {keys.get(key, key): tensor for key, tensor in tensors.items()}, layers, config["r"]
+    )
+    alpha = None if config["lora_alpha"] == config["r"] else config["lora_alpha"]
+    adapters = {name: LoRALinear(layers[name], config["r"], alpha) for name in adapted}
+    with torch.no_grad():
+        for name, adapter in adapters.items():
+            adapter.A.copy_(tensors[_key(name, "A")])
+            adapter.B.copy_(tensors[_key(name, "B")])
+    return _put_in(model, adapters)
+
+
+def _read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+    for path in (folder / CONFIG, folder / WEIGHTS):
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} holds no adapter: there is no {path.name}")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        tensors = load((folder / WEIGHTS).read_bytes())
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"the adapter in {folder} cannot be read ({error})") from None
+    return checks.adapter_config(config), tensors
+
+
+def _key(name: str, part: str) -> str:
+    """PEFT's name of A or B of a layer of ours."""
+    return f"base_model.model.{hugging_face_name(name)}.lora_{part}.weight"

