@@ -44,6 +44,7 @@ serve: ## show the built site on 127.0.0.1 (PORT=8000)
 
 bench: .venv/parity ## speed beside other people's implementations
 	.venv/bin/python -m bench
+	.venv/bin/python -m bench.finetuning
 
 golden: .venv/parity real-model ## compute the numbers in tests/golden again with other people's implementations
 	for script in tests/golden/make_*.py; do .venv/bin/python $$script || exit 1; done

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from tqdm import tqdm
 
+from bench.measuring import milliseconds
 from mini_impl.finetuning.arithmetic import BAD_KINDS, Tokenizer, base_model, problems
 from mini_impl.finetuning.language_model import LanguageModel, hugging_face_name
 from mini_impl.finetuning.sampling import generate
@@ -100,10 +101,38 @@ def compare(model: LanguageModel, prompts: list[list[int]], max_tokens: int, des
     }
 
 
+def products(model: LanguageModel) -> float:
+    """Tokens a second if a step of the batch were its matrix products alone: what no such code can go beyond.
+
+    Those of the layers, with one input side by side, of attention over 16 tokens, and of the head.
+    """
+    sizes, weight = model.settings, model.embedding.weight.detach()
+    width, hidden, size = sizes["width"], sizes["feed_forward_width"], model.blocks[0].attention.size
+    shared, keys = sizes["key_value_heads"], 16
+    inputs, wide = torch.randn(BATCH, width), torch.randn(BATCH, hidden)
+    matrices = [torch.randn(width, columns) for columns in (width + 2 * shared * size, width, 2 * hidden)]
+    down, head = torch.randn(hidden, width), weight.T.contiguous()
+    queries = torch.randn(BATCH * shared, sizes["heads"] // shared, size)
+    past, scores = torch.randn(BATCH * shared, keys, size), torch.randn(*queries.shape[:2], keys)
+
+    def step() -> None:
+        for _ in model.blocks:
+            for matrix in matrices:
+                torch.mm(inputs, matrix)
+            torch.mm(wide, down)
+            torch.bmm(queries, past.mT)
+            torch.bmm(scores, past)
+        torch.mm(inputs, head)
+
+    with torch.inference_mode():
+        return BATCH / min(milliseconds(step, 50) for _ in range(20)) * 1e3
+
+
 def measure() -> dict:
     """Each of the cases with both."""
     return {
         "what": f"sampling, batch of {BATCH}, temperature 1, {torch.get_num_threads()} threads",
+        "matrix products alone, tokens a second": round(products(base_model())),
         "cases": {description: compare(*case, description) for description, case in cases().items()},
     }
 

@@ -18,6 +18,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from mini_impl import cli
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 EXTRAS = {
@@ -140,7 +142,10 @@ def test_the_wheel_carries_data_licences_and_results(wheel):
     inside = set(zipfile.ZipFile(wheel).namelist())
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mini_impl").rglob("*.py")}
     results = {f"mini_impl/assets/results/{path.name}" for path in (ROOT / "book" / "results").glob("*.json")}
-    assert modules | results | {"mini_impl/assets/auckland.csv.gz", "mini_impl/assets/auckland-LICENSE.txt"} <= inside
+    data = {
+        f"mini_impl/assets/{name}" for name in ("auckland.csv.gz", "auckland-LICENSE.txt", "base_model.safetensors")
+    }
+    assert modules | results | data <= inside
     licences = {name.split("/licenses/")[1] for name in inside if "/licenses/" in name}
     assert licences == {"LICENSE", "mini_impl/assets/auckland-LICENSE.txt"}
 
@@ -366,12 +371,13 @@ def commands(text: str) -> list[str]:
 
 ENGLISH, CHINESE = README.split("\n## 中文\n")
 COMMANDS = list(dict.fromkeys(commands(ENGLISH)))
-FORECASTS = [command for command in COMMANDS if "mini-impl" in command]
+FORECASTS = [command for command in COMMANDS if "mini-impl forecast" in command]
+FINETUNINGS = [command for command in COMMANDS if "mini-impl finetune" in command]
 
 
 def test_both_languages_give_the_same_commands():
     assert commands(CHINESE) == [command.replace("book/en/", "book/zh/") for command in commands(ENGLISH)]
-    assert len(FORECASTS) == 3
+    assert len(FORECASTS) == len(FINETUNINGS) == 3
     assert len(re.findall("^### ", ENGLISH, re.M)) == len(re.findall("^### ", CHINESE, re.M))
 
 
@@ -406,6 +412,16 @@ def test_conda_users_build_as_make_does():
     recipe = re.search(r"^book: .*\n((?:\t.*\n)+)", MAKEFILE, re.M)[1].replace(".venv/bin/", "")
     lines = [command for command in COMMANDS if command.startswith(("python ", "jupyter-book "))]
     assert lines and [line.strip() for line in recipe.splitlines()][: len(lines)] == lines
+
+
+@pytest.mark.parametrize("command", FINETUNINGS)
+def test_finetunings_of_the_readme_report_what_changed(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if "smollm2" in command:
+        assert cli.make_parser().parse_args(command.split()[1:]).task == "facts"
+        return
+    cli.main([*command.split()[1:], "--steps", "1", "--questions", "4"])
+    assert "held-out accuracy" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ Story Generation", 2018 (top-k); Holtzman et al., "The Curious Case of Neural Te
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -161,69 +161,87 @@ def _generate(model, prompts, max_tokens, stop, truncation, seed, rows) -> Rollo
 
 
 class Decoder:
-    """The blocks of a model for one new token a row: what `model.hidden` computes with a cache, laid out for speed.
+    """A model's arithmetic for one new token a row: what `model.hidden` computes with a cache, laid out for speed.
 
     For so little work a call costs more than its arithmetic, so there are few: rotations and padding are prepared for
-    all steps, layers with one input are one product, and the queries that share a key are one matrix.
+    all steps, matrices with one input stand side by side, with the scale of the normalisation before them in them, and
+    the queries that share a key are one matrix.
     cache: of the prompts. present: bool [row, time], False for their padding. steps: how many tokens come at most.
     """
 
     def __init__(self, model: LanguageModel, cache: Cache, present: Tensor, steps: int):
-        self.model, self.time, self.step = model, present.shape[1], 0
-        keys, values = cache.keys, cache.values
-        self.size, more = keys.shape[-1], -(self.time + steps) % _LANES + steps
-        self.keys, self.values = (F.pad(x, (0, 0, 0, more)) for x in (keys, values))
-        # Added to the scores [row, key_value_head, query, key]: -inf is not attended to.
-        self.bias = torch.full((*keys.shape[1:3], 1, self.time + more), -math.inf, dtype=keys.dtype, device=keys.device)
-        self.bias[..., : self.time].masked_fill_(present[:, None, None], 0)
-        positions = present.sum(1, keepdim=True) + torch.arange(steps, device=keys.device)
-        self.cos, self.sin = rotations(positions, self.size, model.rope_base, keys.dtype)  # [row, 1, step, size]
-        self.products = [
-            (_joined(a.query, a.key, a.value), _joined(f.gate, f.up))
-            for a, f in ((block.attention, block.feed_forward) for block in model.blocks)
+        attention, weight = model.blocks[0].attention, model.embedding.weight
+        self.heads, self.shared, self.size = attention.heads, attention.key_value_heads, attention.size
+        self.embedding, self.scale = weight, model.norm.weight
+        self.blocks = [
+            (
+                _matrix(block.attention.query, block.attention.key, block.attention.value)
+                * block.attention_norm.weight,
+                _matrix(block.attention.output).T.contiguous(),
+                _matrix(block.feed_forward.gate, block.feed_forward.up) * block.feed_forward_norm.weight,
+                _matrix(block.feed_forward.down).T.contiguous(),
+            )
+            for block in model.blocks
         ]
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        self.mean = torch.full((weight.shape[1], 1), 1 / weight.shape[1], dtype=exact, device=weight.device)
+        self.epsilon = torch.tensor(model.norm.epsilon, dtype=exact, device=weight.device)
+        self.place = present.shape[1]  # of the next token in the cache
+        more = -(self.place + steps) % _LANES + steps
+        self.keys, self.values = (F.pad(x, (0, 0, 0, more)) for x in (cache.keys, cache.values))
+        # Added to the scores [row, key_value_head, query, key]: -inf is not attended to.
+        bias = torch.zeros_like(present, dtype=weight.dtype).masked_fill(~present, -math.inf)
+        self.bias = F.pad(bias, (0, more), value=-math.inf)[:, None, None].repeat(1, self.shared, 1, 1)
+        positions = present.sum(1, keepdim=True) + torch.arange(steps, device=weight.device)
+        cos, sin = rotations(positions, self.size, model.rope_base, weight.dtype)
+        self.rotation = torch.stack([cos[:, 0], sin[:, 0]]).transpose(0, 1)  # [row, cos and sin, step, size]
+        self.step = 0
 
     def branch(self, rows: Tensor) -> None:
         """Go on with these rows: some may be left out, others be there several times."""
         if torch.equal(rows, torch.arange(len(self.bias), device=rows.device)):
             return
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        self.bias, self.cos, self.sin = self.bias[rows], self.cos[rows], self.sin[rows]
+        self.bias, self.rotation = self.bias[rows], self.rotation[rows]
 
+    @torch.inference_mode()  # a little quicker than no_grad
     def __call__(self, tokens: Tensor) -> Tensor:
         """Ids [row] of the next tokens -> what the head reads, [row, width]."""
-        place = self.time + self.step
-        end = -(-(place + 1) // _LANES) * _LANES
-        self.bias[..., place] = 0
+        end = -(-(self.place + 1) // _LANES) * _LANES
+        self.bias[..., self.place] = 0
         bias = self.bias[..., :end].flatten(0, 1)  # [row x key_value_head, 1, key]
-        rotation = self.cos[:, :, self.step], self.sin[:, :, self.step]
-        heads, shared = self.model.blocks[0].attention.heads, self.keys.shape[2]
-        vectors = self.model.embedding(tokens)
-        for block, keys, values, (project, gate_up) in zip(
-            self.model.blocks, self.keys, self.values, self.products, strict=True
-        ):
-            split = project(block.attention_norm(vectors)).view(len(tokens), -1, self.size)  # [row, head, size]
-            turned = rotate(split[:, :-shared], *rotation)
-            keys[:, :, place], values[:, :, place] = turned[:, heads:], split[:, -shared:]
-            query = turned[:, :heads].reshape(len(bias), -1, self.size)
+        rotation = self.rotation[:, :, self.step, None].unbind(1)  # two of [row, 1, size]
+        vectors = self.embedding[tokens]
+        for (project, output, gate_up, down), keys, values in zip(self.blocks, self.keys, self.values, strict=True):
+            split = F.linear(self._normed(vectors), project).view(len(tokens), -1, self.size)  # [row, head, size]
+            turned = rotate(split[:, : -self.shared], *rotation)
+            keys[:, :, self.place], values[:, :, self.place] = turned[:, self.heads :], split[:, -self.shared :]
+            query = turned[:, : self.heads].reshape(len(bias), -1, self.size)
             past = keys.flatten(0, 1)[:, :end], values.flatten(0, 1)[:, :end]
             attention = torch.baddbmm(bias, query, past[0].mT, alpha=self.size**-0.5).softmax(-1)
-            vectors = vectors + block.attention.output(torch.bmm(attention, past[1]).view(len(tokens), -1))
-            gate, up = gate_up(block.feed_forward_norm(vectors)).chunk(2, dim=-1)
-            vectors = vectors + block.feed_forward.down(F.silu(gate) * up)
-        self.step += 1
-        return self.model.norm(vectors)
+            vectors = torch.addmm(vectors, torch.bmm(attention, past[1]).view(len(tokens), -1), output)
+            gate, up = F.linear(self._normed(vectors), gate_up).chunk(2, dim=-1)
+            vectors = torch.addmm(vectors, F.silu(gate) * up, down)
+        self.place, self.step = self.place + 1, self.step + 1
+        return self._normed(vectors) * self.scale
+
+    def _normed(self, vectors: Tensor) -> Tensor:
+        """x / sqrt(mean of x^2 + epsilon)."""
+        exact = vectors.to(self.mean.dtype)
+        return vectors * torch.addmm(self.epsilon, exact * exact, self.mean).rsqrt().to(vectors.dtype)
 
 
 _LANES = 16  # keys are attended to in multiples of this: rows that fill the processor's vectors are much faster
 
 
-def _joined(*layers: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The outputs of several layers side by side: one product where they are plain, else (LoRA) one after another."""
-    if any(type(layer) is not nn.Linear for layer in layers):
-        return lambda x: torch.cat([layer(x) for layer in layers], dim=-1)
-    weight = torch.cat([layer.weight for layer in layers])
-    return lambda x: F.linear(x, weight)
+def _matrix(*layers: nn.Module) -> Tensor:
+    """The matrices of linear layers, or of LoRA's, one below the other: [out features of all, in features]."""
+    return torch.cat(
+        [
+            layer.weight if isinstance(layer, nn.Linear) else layer.merged_weight().to(layer.base.weight.dtype)
+            for layer in layers
+        ]
+    )
 
 
 # --- the same again ---------------------------------------------------------------------------------------------------
