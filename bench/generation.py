@@ -102,7 +102,7 @@ def compare(model: LanguageModel, prompts: list[list[int]], max_tokens: int, des
 
 
 def products(model: LanguageModel) -> float:
-    """Tokens a second if a step of the batch were its matrix products alone: what no such code can go beyond.
+    """Milliseconds of the matrix products of one step of the batch: what no such code can go below.
 
     Those of the layers, with one input side by side, of attention over 16 tokens, and of the head.
     """
@@ -125,14 +125,25 @@ def products(model: LanguageModel) -> float:
         torch.mm(inputs, head)
 
     with torch.inference_mode():
-        return BATCH / min(milliseconds(step, 50) for _ in range(20)) * 1e3
+        return min(milliseconds(step, 50) for _ in range(20))
+
+
+def peer_step(model: LanguageModel, tokens: int = 64) -> float:
+    """Milliseconds of one step of transformers' generate, all rows of the batch going on, the best of a few."""
+    llama, prompt = peer(model), torch.zeros(BATCH, 6, dtype=torch.long)
+    more = {"do_sample": True, "top_k": 0, "max_new_tokens": tokens, "eos_token_id": 10**6}  # no token stops
+    with torch.inference_mode():
+        return min(milliseconds(lambda: llama.generate(prompt, **more), 1) for _ in range(5)) / tokens
 
 
 def measure() -> dict:
     """Each of the cases with both."""
     return {
         "what": f"sampling, batch of {BATCH}, temperature 1, {torch.get_num_threads()} threads",
-        "matrix products alone, tokens a second": round(products(base_model())),
+        "milliseconds a step": {
+            "matrix products alone": products(base_model()),
+            "transformers": peer_step(base_model()),
+        },
         "cases": {description: compare(*case, description) for description, case in cases().items()},
     }
 

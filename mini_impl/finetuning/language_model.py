@@ -111,10 +111,9 @@ class Attention(nn.Module):
         value = self._split(self.value(tokens), self.key_value_heads)
         if cache is not None:
             key, value = cache.extend(block, key, value)
-        if self.heads > self.key_value_heads:  # each key serves heads / key_value_heads queries
-            key, value = (x.repeat_interleave(self.heads // self.key_value_heads, dim=1) for x in (key, value))
         causal = allowed is None and query.shape[2] == key.shape[2]  # one new token sees all; a mask says it itself
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, is_causal=causal)
+        shared = self.heads > self.key_value_heads  # each key serves heads / key_value_heads queries
+        mixed = F.scaled_dot_product_attention(query, key, value, allowed, is_causal=causal, enable_gqa=shared)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
     def _split(self, features: Tensor, heads: int) -> Tensor:

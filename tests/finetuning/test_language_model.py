@@ -309,13 +309,12 @@ def test_inference_mode():
 def test_no_token_has_nothing_to_attend_to(monkeypatch):
     """Padding before a row's first token has itself: of a row where nothing is allowed, older torch makes NaN."""
     masks, attention = [], torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(
-        torch.nn.functional,
-        "scaled_dot_product_attention",
-        lambda *qkv, attn_mask, is_causal: (masks.append(attn_mask), attention(*qkv, attn_mask, is_causal=is_causal))[
-            1
-        ],
-    )
+
+    def watched(query, key, value, mask, **others):
+        masks.append(mask)
+        return attention(query, key, value, mask, **others)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     model, present = small(), left_padded([6, 4, 3])
     model(ids(3, 6), present)
     with torch.no_grad():
