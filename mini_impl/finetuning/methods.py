@@ -15,7 +15,7 @@ from mini_impl import checks
 from mini_impl.checkpoint import tensor_group
 from mini_impl.finetuning import dapo, grpo, sft
 from mini_impl.finetuning.language_model import LanguageModel
-from mini_impl.finetuning.policy import advantages
+from mini_impl.finetuning.policy import REDUCTIONS, advantages
 from mini_impl.finetuning.sampling import Rollout, generate, score
 from mini_impl.finetuning.tasks import Task, examples
 from mini_impl.losses import LossTerms
@@ -146,7 +146,8 @@ class DocumentedGRPO(Method):
         checks.choice("weights", weights, ("documented", "corrected", "contrastive"))
         self.task, self.weights = task, weights
         self.prompts, self.group = checks.integer("prompts", prompts), checks.integer("group", group, least=2)
-        self.temperature, self.beta = temperature, beta
+        self.temperature = checks.number("temperature", temperature, above=0)
+        self.beta = checks.number("beta", beta, above=0)
         self.count = checks.integer("updates", updates)
 
     def updates(self, model: LanguageModel, start: LanguageModel, stream: Stream) -> Iterator[tuple[LossTerms, dict]]:
@@ -163,7 +164,11 @@ class DocumentedGRPO(Method):
 
 
 class PublishedGRPO(Method):
-    """Group advantages, the clipped ratio of every token, a penalty on leaving the model of the start."""
+    """Group advantages, the clipped ratio of every token, a penalty on leaving the model of the start.
+
+    reduce_by: "sequence" as in the paper, "token", or "length", Dr. GRPO's, whose advantages are not scaled either.
+    kl_weight: of the KL to the start; clip: how far a ratio may be from 1; updates: of each rollout.
+    """
 
     def __init__(
         self,
@@ -178,13 +183,18 @@ class PublishedGRPO(Method):
     ):
         self.task = task
         self.prompts, self.group = checks.integer("prompts", prompts), checks.integer("group", group, least=2)
-        self.temperature, self.clip = temperature, clip
-        self.count, self.kl_weight, self.reduce_by = checks.integer("updates", updates), kl_weight, reduce_by
+        self.temperature = checks.number("temperature", temperature, above=0)
+        self.clip = checks.number("clip", clip, least=0)
+        self.count = checks.integer("updates", updates)
+        self.kl_weight = checks.number("kl_weight", kl_weight, least=0)
+        checks.choice("reduce_by", reduce_by, REDUCTIONS)
+        self.reduce_by = reduce_by
 
     def updates(self, model: LanguageModel, start: LanguageModel, stream: Stream) -> Iterator[tuple[LossTerms, dict]]:
         problems = stream.problems(self.task, stream.kinds(self.task, self.prompts))
         rollout, rewards, _ = sample(model, self.task, problems, self.group, self.temperature, stream.seed())
-        gains = advantages(rewards).flatten()
+        dr = self.reduce_by == "length"  # Dr. GRPO
+        gains = advantages(rewards, scale=not dr).flatten()
         with torch.no_grad():
             reference = score(start, rollout, self.temperature) if self.kl_weight else None
         for _ in range(self.count):
@@ -198,6 +208,7 @@ class PublishedGRPO(Method):
                 clip_high=self.clip,
                 kl_weight=self.kl_weight,
                 reduce_by=self.reduce_by,
+                max_length=self.task.max_tokens if dr else None,
             )
             yield loss, {"reward": rewards.mean().item()}
 
@@ -287,9 +298,11 @@ class PublishedDAPO(Method):
         rounds: int = 4,
     ):
         checks.choice("overlong", overlong, ("penalty", "filter", "none"))
-        self.task, self.overlong, self.buffer = task, overlong, buffer
+        self.task, self.overlong = task, overlong
+        self.buffer = checks.integer("buffer", buffer, most=task.max_tokens, why="the longest answer")
         self.prompts, self.group = checks.integer("prompts", prompts), checks.integer("group", group, least=2)
-        self.temperature, self.count = temperature, checks.integer("updates", updates)
+        self.temperature = checks.number("temperature", temperature, above=0)
+        self.count = checks.integer("updates", updates)
         self.clip_low, self.clip_high, self.rounds = clip_low, clip_high, checks.integer("rounds", rounds)
 
     def updates(self, model: LanguageModel, start: LanguageModel, stream: Stream) -> Iterator[tuple[LossTerms, dict]]:

@@ -56,7 +56,14 @@ def test_lora_trains_few_parameters(tmp_path):
     [
         (("sft", "--set", "group=4"), "--set: DocumentedSFT has no 'group'; it takes sequences"),
         (("grpo", "--set", "group=1"), "group must be at least 2; got 1"),
-        (("grpo", "--set", "beta=0"), "temperature must be a finite number greater than 0"),
+        (("grpo", "--set", "beta=0"), "beta must be a finite number greater than 0"),
+        (("grpo", "--set", "temperature=0"), "temperature must be a finite number greater than 0; got 0"),
+        (
+            ("grpo", "--loss", "published", "--set", "reduce_by=word"),
+            "reduce_by must be one of 'sequence', 'token', 'length'",
+        ),
+        (("dapo", "--loss", "published", "--set", "buffer=9"), "buffer must be at most 6, the longest answer; got 9"),
+        (("dapo", "--set", "floor=0.5"), "floor"),
         (("sft", "--lora-rank", "1000"), "rank"),
         (("sft", "--task", "facts"), "--task facts is for --model smollm2"),
         (("sft", "--steps", "0"), "steps must be at least 1; got 0"),

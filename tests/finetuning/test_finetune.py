@@ -195,6 +195,25 @@ def test_documented_dapo_prefers_the_kind_that_goes_badly():
     assert words["weight of high"] > 0.9
 
 
+@pytest.mark.parametrize("reduce_by", ["sequence", "token", "length"])
+def test_published_grpo_with_every_reduction(reduce_by):
+    """Dr. GRPO's divides by the longest answer that there may be, and leaves the deviation of the rewards out."""
+    model, method = begun(), few("grpo", "published", reduce_by=reduce_by, updates=1, kl_weight=0.0)
+    ((loss, _),) = method.updates(model, model, Stream(0, 0))
+    stream = Stream(0, 0)
+    problems = stream.problems(method.task, stream.kinds(method.task, method.prompts))
+    rollout, rewards, _ = sample(model, method.task, problems, method.group, 1.0, stream.seed())
+    gains = (rewards - rewards.mean(1, keepdim=True)).flatten()
+    deviation = rewards.std(1, keepdim=True).expand_as(rewards).flatten()
+    if reduce_by == "length":
+        expected = -(gains[:, None] * rollout.mask).sum() / (len(gains) * method.task.max_tokens)
+    else:
+        each = (gains / (deviation + 1e-4).where(deviation > 0, 1))[:, None] * rollout.mask
+        by_sequence = (each.sum(1) / rollout.mask.sum(1)).mean()
+        expected = -(by_sequence if reduce_by == "sequence" else each.sum() / rollout.mask.sum())
+    torch.testing.assert_close(loss.total.detach(), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_published_dapo_uses_groups_with_a_signal_only():
     model, method = small(), few("dapo", "published")
     (_, words), _ = method.updates(model, model, Stream(0, 0))
