@@ -153,7 +153,7 @@ class Attention(nn.Module):
     Called with tokens [batch, query, width] alone, they attend to one another; with a context [batch, key, width], to
     that. present: bool [batch, key], False for keys that nobody attends to.
     Returns (mixed [batch, query, width], map [batch, head, query, key]): the map, each row with sum 1, is None unless
-    asked for, as the fused product is quicker without it.
+    asked for: of many keys the fused product is quicker without it.
     Source: Vaswani et al., 2017.
     """
 
@@ -174,14 +174,15 @@ class Attention(nn.Module):
         query, key, value = self._project(tokens, context)  # each [batch, head, token, d]
         if present is not None:
             present = present[:, None, None]  # [batch, 1, 1, key]
-        if return_map:
-            scores = query @ key.mT / math.sqrt(query.shape[-1])
+        size = query.shape[-1]
+        # Of few keys the map is no larger than the values, and quicker to write down than the fused product is without.
+        if return_map or key.shape[2] <= size:
+            scores = query @ key.mT / math.sqrt(size)
             weights = (scores if present is None else scores.masked_fill(~present, -math.inf)).softmax(-1)
             mixed = weights @ value
         else:
-            weights = None
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=present)
-        return self.output(mixed.transpose(1, 2).flatten(2)), weights
+        return self.output(mixed.transpose(1, 2).flatten(2)), weights if return_map else None
 
     def _project(self, tokens: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         if context is None:

@@ -502,3 +502,21 @@ def test_encode_is_a_loop_that_returns_the_last_map():
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(last, attention)
     assert encode(blocks, tokens)[1] is None
+
+
+@pytest.mark.parametrize("keys", [2, 4, 5, 9], ids=lambda keys: f"{keys} keys, 4 features a head")
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_is_the_same_with_few_keys_and_with_many(keys, padded):
+    """Few are computed as when the map is asked for, many by the fused product; out and gradient agree."""
+    torch.manual_seed(keys)
+    attention = Attention(8, 2).double()
+    context = torch.randn(3, keys, 8, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randn(3, 6, 8, dtype=torch.float64)
+    present = torch.arange(keys) < torch.tensor([[keys], [1], [2]]) if padded else None
+    found = []
+    for asked in (True, False):
+        mixed, weights = attention(tokens, context, present, return_map=asked)
+        assert (weights is not None) == asked
+        found.append((mixed, *torch.autograd.grad(mixed.square().sum(), context)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
