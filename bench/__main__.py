@@ -29,6 +29,7 @@ from mini_impl.forecasting.data import Scaler, load_auckland
 RESULT = Path(__file__).parents[1] / "book" / "results" / "speed.json"
 VARIANTS = ("published", "documented", "peer")
 ROUNDS, SECONDS = 20, 0.5  # turns of each variant, and how long one lasts at least
+PROCESSES = 5  # in which memory is measured
 
 
 def training(pair: Pair, variant: str) -> Callable[[], None]:
@@ -136,9 +137,13 @@ def compare(name: str) -> dict:
 
 
 def peak_memory(name: str, variant: str) -> float:
-    """MiB that a fresh process needs for a few steps, beside the weights: activations, gradients, Adam's memory."""
+    """MiB that a fresh process needs for a few steps, beside the weights: activations, gradients, Adam's memory.
+
+    The median of a few processes, as what the allocator holds back differs from one to the next.
+    """
     command = [sys.executable, "-m", "bench", "--memory", name, variant]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    runs = [subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(PROCESSES)]
+    return statistics.median(float(run.stdout.split()[-1]) for run in runs)
 
 
 def measure_memory(name: str, variant: str) -> float:
