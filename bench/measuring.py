@@ -1,5 +1,7 @@
 """Time and memory of what this process does."""
 
+import ctypes
+import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,8 @@ def milliseconds(step: Callable[[], None], steps: int) -> float:
 
 def peak(work: Callable[[], object]) -> float:
     """MiB that some work needs at most, beside what the process holds before it (Linux)."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, or the work would use it uncounted (glibc)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     work()
