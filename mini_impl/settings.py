@@ -26,7 +26,7 @@ def parse_setting(text: str) -> tuple[str, bool | int | float | str | tuple[int,
             pass
     if re.fullmatch(r"-?\d+(,-?\d+)+", value):
         return name, tuple(map(int, value.split(",")))
-    if re.fullmatch(r"\w+", value):
+    if re.fullmatch(r"\w+( \w+)*", value):
         return name, value
     raise argparse.ArgumentTypeError(f"wants NAME=VALUE such as trend_weight=0.5; got {text!r}")
 

@@ -97,6 +97,9 @@ class Method:
         """
         raise NotImplementedError
 
+    def begin(self, seed: int) -> None:
+        """Forget what was carried from step to step, and draw by this seed from here on."""
+
     def state(self) -> dict[str, Tensor]:
         """What a method carries from step to step, to store with a checkpoint."""
         return {}
@@ -160,7 +163,7 @@ class DocumentedGRPO(Method):
                 loss = grpo.contrastive_loss(new, old, rewards, self.beta)
             else:
                 loss = grpo.documented_loss(new, old, rewards, self.beta, weights=self.weights)  # 2. and 3.
-            yield loss, {"reward": rewards.mean().item()}
+            yield loss, {"mean reward": rewards.mean().item()}
 
 
 class PublishedGRPO(Method):
@@ -210,7 +213,7 @@ class PublishedGRPO(Method):
                 reduce_by=self.reduce_by,
                 max_length=self.task.max_tokens if dr else None,
             )
-            yield loss, {"reward": rewards.mean().item()}
+            yield loss, {"mean reward": rewards.mean().item()}
 
 
 class DocumentedDAPO(Method):
@@ -232,10 +235,15 @@ class DocumentedDAPO(Method):
         quantile: float = 0.99,
     ):
         self.task, self.sequences = task, checks.integer("sequences", sequences)
-        self.beta, self.floor = beta, floor
-        self.clip_weight, self.sampling_weight = clip_weight, sampling_weight
-        self.thresholds = dapo.AdaptiveThresholds(quantile)
-        self.sampler = dapo.TypeSampler(task.trained_kinds, beta, floor, score=score)
+        self.beta = checks.number("beta", beta, above=0)
+        self.floor, self.quantile, self.score = floor, quantile, score
+        self.clip_weight = checks.number("clip_weight", clip_weight, least=0)
+        self.sampling_weight = checks.number("sampling_weight", sampling_weight, least=0)
+        self.begin(seed=0)
+
+    def begin(self, seed: int) -> None:
+        self.thresholds = dapo.AdaptiveThresholds(self.quantile)
+        self.sampler = dapo.TypeSampler(self.task.trained_kinds, self.beta, self.floor, score=self.score, seed=seed)
 
     def updates(self, model: LanguageModel, start: LanguageModel, stream: Stream) -> Iterator[tuple[LossTerms, dict]]:
         kinds = self.sampler.draw(self.sequences)
@@ -281,7 +289,7 @@ class PublishedDAPO(Method):
 
     The reward is 1 for a right answer, -1 for a wrong one. overlong: what becomes of answers that are cut off:
     "penalty" takes up to 1 off their reward, within `buffer` tokens of the longest; "filter" leaves them out of the
-    loss; "none". rounds: how often a batch is refilled at most; one that is not full then is used as it is.
+    loss; "none". rounds: how many draws a batch may take; one that is not full then is used as it is.
     """
 
     def __init__(
@@ -303,7 +311,9 @@ class PublishedDAPO(Method):
         self.prompts, self.group = checks.integer("prompts", prompts), checks.integer("group", group, least=2)
         self.temperature = checks.number("temperature", temperature, above=0)
         self.count = checks.integer("updates", updates)
-        self.clip_low, self.clip_high, self.rounds = clip_low, clip_high, checks.integer("rounds", rounds)
+        self.clip_low = checks.number("clip_low", clip_low, least=0)
+        self.clip_high = checks.number("clip_high", clip_high, least=0)
+        self.rounds = checks.integer("rounds", rounds)
 
     def updates(self, model: LanguageModel, start: LanguageModel, stream: Stream) -> Iterator[tuple[LossTerms, dict]]:
         right = []
@@ -330,7 +340,7 @@ class PublishedDAPO(Method):
             if not ended.any():
                 return
             rollout, gains = Rollout(*(part[ended] for part in rollout)), gains[ended]
-        words = {"reward": sum(right) / len(right), "groups drawn": batch.drawn, "groups used": len(batch.groups)}
+        words = {"mean reward": sum(right) / len(right), "groups drawn": batch.drawn, "groups used": len(batch.groups)}
         for _ in range(self.count):
             new = score(model, rollout, self.temperature)
             loss = dapo.published_loss(new, rollout.logprobs, gains, rollout.mask, self.clip_low, self.clip_high)

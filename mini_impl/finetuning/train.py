@@ -129,12 +129,14 @@ def fine_tune(
         "model": _digest(start) if checkpoint is not None else None,
         "trained": list(trained),
         "method": _describe(method),
+        "task": _describe_task(method.task),
         "learning_rate": learning_rate,
         "largest_gradient": largest_gradient,
         "measure_every": measure_every,
         "questions": questions,
         "seed": seed,
     }
+    method.begin(seed)
     if checkpoint is not None and Path(checkpoint).exists():
         tensors, state = load_checkpoint(checkpoint)
         same_settings(checkpoint, state.get("settings"), settings)
@@ -167,7 +169,8 @@ def fine_tune(
                 values = loss.values()
                 optimizer.zero_grad()
                 loss.total.backward()
-                torch.nn.utils.clip_grad_norm_(trained.values(), largest_gradient)
+                norm = torch.nn.utils.clip_grad_norm_(trained.values(), largest_gradient)
+                checks.all_finite("the norm of the gradient", norm, NonFiniteLoss)
                 optimizer.step()
                 for name, value in values.items():
                     terms.setdefault(name, []).append(value)
@@ -202,3 +205,9 @@ def _describe(method: Method) -> dict:
     plain = (bool, int, float, str)
     settings = {name: value for name, value in vars(method).items() if isinstance(value, plain)}
     return {"kind": type(method).__name__, **settings}
+
+
+def _describe_task(task: Task) -> dict:
+    """The trained kinds of a task, and a fingerprint of its problems."""
+    problems = hashlib.sha256(repr((task.train, task.held_out)).encode()).hexdigest()
+    return {"trained kinds": list(task.trained_kinds), "longest answer": task.max_tokens, "problems": problems}

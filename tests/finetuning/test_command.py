@@ -35,6 +35,8 @@ def test_the_result_says_how_it_came_about(tmp_path, capsys, method):
     assert result["end"]["trained kinds"] == pytest.approx(sum(bad) / len(bad))
     assert result["start"]["kl"] == pytest.approx(0, abs=1e-6)
     assert all(len(curve) == 2 for curve in result["curves"].values())
+    terms = {"sft": {"cross_entropy"}, "grpo": {"log_ratio", "reward", "mean reward"}, "dapo": {"basic", "clip"}}
+    assert terms[method] <= result["curves"].keys()
     words = capsys.readouterr().out
     assert "held-out accuracy" in words and words.count("(not trained)") == len(arithmetic.KINDS) - len(bad)
 
@@ -63,7 +65,10 @@ def test_lora_trains_few_parameters(tmp_path):
             "reduce_by must be one of 'sequence', 'token', 'length'",
         ),
         (("dapo", "--loss", "published", "--set", "buffer=9"), "buffer must be at most 6, the longest answer; got 9"),
-        (("dapo", "--set", "floor=0.5"), "floor"),
+        (("dapo", "--set", "floor=0.5"), "floor must be"),
+        (("dapo", "--set", "score=gradient norm", "--steps", "0"), "steps must be at least 1; got 0"),
+        (("dapo", "--set", "beta=0"), "beta must be a finite number greater than 0; got 0"),
+        (("dapo", "--set", "clip_weight=-1"), "clip_weight must be a finite number of at least 0; got -1"),
         (("sft", "--lora-rank", "1000"), "rank"),
         (("sft", "--task", "facts"), "--task facts is for --model smollm2"),
         (("sft", "--steps", "0"), "steps must be at least 1; got 0"),

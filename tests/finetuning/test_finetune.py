@@ -20,7 +20,7 @@ from mini_impl.finetuning.sampling import generate, score
 from mini_impl.finetuning.sft import add_lora
 from mini_impl.finetuning.tasks import Task, examples
 from mini_impl.finetuning.train import fine_tune, measure
-from mini_impl.losses import NonFiniteLoss
+from mini_impl.losses import LossTerms, NonFiniteLoss
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
 STOP = 8
@@ -352,16 +352,42 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path):
             fine_tune(small(), few("sft", "documented"), **{"steps": 3, **change}, checkpoint=checkpoint)
     with pytest.raises(ValueError, match="its model was"):
         fine_tune(small(9), few("sft", "documented"), steps=3, checkpoint=checkpoint)
+    with pytest.raises(ValueError, match="its task was"):
+        task = toy()._replace(trained_kinds=("low",))
+        fine_tune(small(), METHODS["sft", "documented"](task, sequences=16), steps=3, checkpoint=checkpoint)
     with pytest.raises(ValueError, match="its method was"):
         fine_tune(small(), few("sft", "published"), steps=3, checkpoint=checkpoint)
 
 
-def test_a_loss_that_is_not_finite_is_named_with_its_step():
-    model = small()
-    with torch.no_grad():
-        model.embedding.weight[0] = 1e30
-    with pytest.raises((NonFiniteLoss, ValueError), match=r"step 1|NaN|finite"):
-        fine_tune(model, few("sft", "documented"), steps=2)
+def test_a_gradient_that_is_not_finite_is_named_with_its_step():
+    """Shortening it would make every gradient 0, or every weight NaN."""
+    model, method = small(), few("sft", "documented")
+    method.loss = lambda logits, labels: LossTerms.of(large=1e25 * (logits - logits.detach()).sum())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(NonFiniteLoss, match="training stopped at step 1: the norm of the gradient"):
+        fine_tune(model, method, steps=2)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_every_seed_draws_kinds_of_its_own_and_a_method_begins_anew():
+    method, runs = few("dapo", "documented"), []
+    for seed in (1, 2, 1):
+        model = small()
+        fine_tune(model, method, steps=3, seed=seed)
+        runs.append((model.state_dict(), method.state()))
+    (first, state), (_, other), (again, same) = runs
+    assert not torch.equal(state["sampler/generator"], other["sampler/generator"])
+    assert torch.equal(state["sampler/generator"], same["sampler/generator"])
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("form", ["documented", "published"])
+def test_samples_are_scored_at_the_temperature_that_they_were_drawn_at(form):
+    """Then the first update has a ratio of 1 everywhere."""
+    more = {"kl_weight": 0.0} if form == "published" else {"weights": "corrected"}
+    model, method = begun(), few("grpo", form, temperature=0.5, updates=1, **more)
+    ((loss, _),) = method.updates(model, model, Stream(0, 0))
+    assert loss.terms["policy" if form == "published" else "log_ratio"].item() == pytest.approx(0, abs=1e-5)
 
 
 def test_a_model_with_nothing_to_train():
