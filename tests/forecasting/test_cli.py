@@ -193,7 +193,7 @@ def test_without_a_csv_it_takes_the_embedded_series(tmp_path):
         (["--csv", "CSV", "--weight", "trend_weight=1,2"], r"trend_weight must be a number; got \(1, 2\)"),
         (["--csv", "CSV", "--weight", "trend_weight=nan"], "trend_weight must be a finite number"),
         (["--csv", "CSV", "--set", "kernel_size=7.5"], "--set: kernel_size must be a whole number; got 7.5"),
-        (["--csv", "CSV", "--set", "kernel_size=a b"], "NAME=VALUE such as trend_weight=0.5; got 'kernel_size=a b'"),
+        (["--csv", "CSV", "--set", "kernel_size=a!b"], "NAME=VALUE such as trend_weight=0.5; got 'kernel_size=a!b'"),
         (["--csv", "CSV", "--set", "kernel_size="], "NAME=VALUE such as trend_weight=0.5; got 'kernel_size='"),
         (["--csv", "CSV", "--set", "endogenous=0"], "DLinear has no 'endogenous'; it takes kernel_size"),
         (["--csv", "CSV", "--ett", "ETTh1"], "argument --ett: not allowed with argument --csv"),
