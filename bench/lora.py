@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from bench.generation import peer
 from bench.measuring import milliseconds, peak
-from mini_impl.finetuning.language_model import LanguageModel, hugging_face_name
+from mini_impl.finetuning.language_model import LanguageModel
 from mini_impl.finetuning.sft import add_lora, documented_loss
 
 SMOLLM2 = {
@@ -40,24 +41,9 @@ def ours(variant: str) -> nn.Module:
 def peft() -> nn.Module:
     """transformers' Llama with the same weights, and PEFT's adapters of the same rank on the same layers."""
     from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=SMOLLM2["vocabulary"],
-        hidden_size=SMOLLM2["width"],
-        num_hidden_layers=SMOLLM2["layers"],
-        num_attention_heads=SMOLLM2["heads"],
-        num_key_value_heads=SMOLLM2["key_value_heads"],
-        intermediate_size=SMOLLM2["feed_forward_width"],
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": SMOLLM2["rope_base"]},
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config)
-    weights = {hugging_face_name(name): value for name, value in ours("all weights").state_dict().items()}
-    model.load_state_dict(weights, strict=False)
     adapters = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    return get_peft_model(model, adapters)
+    return get_peft_model(peer(ours("all weights")), adapters)
 
 
 def training(variant: str) -> Callable[[], float]:

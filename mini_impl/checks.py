@@ -788,3 +788,13 @@ def answered(prompts, answers) -> None:
     for name, rows in (("prompts", prompts), ("answers", answers)):
         if empty := [row for row, ids in enumerate(rows) if not len(ids)]:
             raise ValueError(f"{name} must each have a token; those of the rows {empty} are empty")
+
+
+def task(value) -> None:
+    """Raise ValueError unless a task has kinds to train, and problems of each, to train on and held out."""
+    if not value.trained_kinds:
+        raise ValueError("task must have trained_kinds; got none")
+    for name, parts in (("train", value.train), ("held_out", value.held_out)):
+        wanted = dict.fromkeys((*value.trained_kinds, *parts) if name == "held_out" else value.trained_kinds)
+        if missing := [kind for kind in wanted if not parts.get(kind)]:
+            raise ValueError(f"task.{name} must have problems of every kind; got none of {missing}")

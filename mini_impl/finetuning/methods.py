@@ -4,6 +4,7 @@ The losses stand in sft.py, grpo.py and dapo.py; here they meet a model, a task 
 """
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -85,26 +86,31 @@ def _pad(field: str, part: Tensor, size: int) -> Tensor:
 # --- the methods ------------------------------------------------------------------------------------------------------
 
 
-class Method:
-    """What a step of fine-tuning is made of. `task` is what it was made with."""
+class Method(ABC):
+    """What a step of fine-tuning is made of.
 
-    task: Task
+    Raises ValueError for a task with a kind that has no problems, as well as TypeError, ValueError for its settings.
+    """
 
+    def __init__(self, task: Task):
+        checks.task(task)
+        self.task = task
+
+    @abstractmethod
     def updates(self, model: LanguageModel, start: LanguageModel, stream: Stream) -> Iterator[tuple[LossTerms, dict]]:
         """Draw what one step learns from; yield the loss of each update, and numbers to log.
 
         start: the model before fine-tuning. A loss is computed when it is asked for, so after the update before it.
         """
-        raise NotImplementedError
 
-    def begin(self, seed: int) -> None:
+    def begin(self, seed: int) -> None:  # noqa: B027 (most carry nothing)
         """Forget what was carried from step to step, and draw by this seed from here on."""
 
     def state(self) -> dict[str, Tensor]:
         """What a method carries from step to step, to store with a checkpoint."""
         return {}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def restore(self, state: dict[str, Tensor]) -> None:  # noqa: B027
         """Go on from what `state` returned."""
 
 
@@ -114,7 +120,8 @@ class DocumentedSFT(Method):
     loss = staticmethod(sft.documented_loss)
 
     def __init__(self, task: Task, sequences: int = 256):
-        self.task, self.sequences = task, checks.integer("sequences", sequences)
+        super().__init__(task)
+        self.sequences = checks.integer("sequences", sequences)
 
     def updates(self, model: LanguageModel, start: LanguageModel, stream: Stream) -> Iterator[tuple[LossTerms, dict]]:
         kinds = stream.kinds(self.task, self.sequences)
@@ -147,7 +154,8 @@ class DocumentedGRPO(Method):
         updates: int = 1,
     ):
         checks.choice("weights", weights, ("documented", "corrected", "contrastive"))
-        self.task, self.weights = task, weights
+        super().__init__(task)
+        self.weights = weights
         self.prompts, self.group = checks.integer("prompts", prompts), checks.integer("group", group, least=2)
         self.temperature = checks.number("temperature", temperature, above=0)
         self.beta = checks.number("beta", beta, above=0)
@@ -184,7 +192,7 @@ class PublishedGRPO(Method):
         kl_weight: float = 0.02,
         reduce_by: str = "sequence",
     ):
-        self.task = task
+        super().__init__(task)
         self.prompts, self.group = checks.integer("prompts", prompts), checks.integer("group", group, least=2)
         self.temperature = checks.number("temperature", temperature, above=0)
         self.clip = checks.number("clip", clip, least=0)
@@ -234,7 +242,8 @@ class DocumentedDAPO(Method):
         sampling_weight: float = 0.01,
         quantile: float = 0.99,
     ):
-        self.task, self.sequences = task, checks.integer("sequences", sequences)
+        super().__init__(task)
+        self.sequences = checks.integer("sequences", sequences)
         self.beta = checks.number("beta", beta, above=0)
         self.floor, self.quantile, self.score = floor, quantile, score
         self.clip_weight = checks.number("clip_weight", clip_weight, least=0)
@@ -306,7 +315,8 @@ class PublishedDAPO(Method):
         rounds: int = 4,
     ):
         checks.choice("overlong", overlong, ("penalty", "filter", "none"))
-        self.task, self.overlong = task, overlong
+        super().__init__(task)
+        self.overlong = overlong
         self.buffer = checks.integer("buffer", buffer, most=task.max_tokens, why="the longest answer")
         self.prompts, self.group = checks.integer("prompts", prompts), checks.integer("group", group, least=2)
         self.temperature = checks.number("temperature", temperature, above=0)

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from mini_impl.checkpoint import load_checkpoint
-from mini_impl.finetuning import methods
+from mini_impl.finetuning import dapo, methods
 from mini_impl.finetuning.language_model import LanguageModel
 from mini_impl.finetuning.methods import METHODS, Stream, join, sample, split, written
+from mini_impl.finetuning.policy import advantages
 from mini_impl.finetuning.sampling import generate, score
 from mini_impl.finetuning.sft import add_lora
 from mini_impl.finetuning.tasks import Task, examples
@@ -228,11 +229,48 @@ def test_published_dapo_without_a_signal_makes_no_update():
     assert training.terms == {} and all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("overlong", ["penalty", "filter", "none"])
-def test_every_way_with_answers_that_are_cut_off(overlong):
-    method = METHODS["dapo", "published"](toy(max_tokens=1), prompts=8, group=4, overlong=overlong)
-    for loss, _ in method.updates(small(), small(), Stream(0, 0)):
-        assert math.isfinite(loss.total.item())
+def given_to_the_loss(monkeypatch, model, **settings):
+    """(rewards [prompt, group], advantages [sequence], mask) of one step of published DAPO."""
+    seen, loss_function = {}, dapo.published_loss
+
+    def watched_advantages(rewards):
+        seen["rewards"] = rewards
+        return advantages(rewards)
+
+    def watched_loss(new, old, gains, mask, *bounds):
+        seen.update(gains=gains, mask=mask)
+        return loss_function(new, old, gains, mask, *bounds)
+
+    monkeypatch.setattr(methods, "advantages", watched_advantages)
+    monkeypatch.setattr(dapo, "published_loss", watched_loss)
+    method = METHODS["dapo", "published"](toy(max_tokens=2), prompts=8, group=4, updates=1, **settings)
+    (update,) = method.updates(model, model, Stream(0, 0))
+    assert math.isfinite(update[0].total.item())
+    return seen["rewards"], seen["gains"], seen["mask"]
+
+
+def test_answers_as_long_as_may_be_lose_reward_or_those_without_an_end_are_left_out(monkeypatch):
+    model = begun()
+    plain, gains, mask = given_to_the_loss(monkeypatch, model, overlong="none")
+    assert set(plain.flatten().tolist()) == {-1.0, 1.0} and (gains.view_as(plain) != 0).any(1).all()
+    full = (mask.sum(1) == 2).view_as(plain)  # the longest there may be, a right answer and its stop token too
+    assert full.any() and not full.all()
+    punished, _, _ = given_to_the_loss(monkeypatch, model, overlong="penalty")
+    assert torch.equal(punished, plain - full.to(plain))
+    _, kept, there = given_to_the_loss(monkeypatch, model, overlong="filter")
+    assert 0 < len(kept) < len(gains) and len(kept) == len(there)
+
+
+def test_a_task_that_cannot_be():
+    task = toy()
+    for change, words in (
+        ({"trained_kinds": ()}, "task must have trained_kinds; got none"),
+        ({"trained_kinds": ("low", "none")}, r"task.train must have problems of every kind; got none of \['none'\]"),
+        ({"train": {**task.train, "low": []}}, r"task.train must have .* got none of \['low'\]"),
+        ({"held_out": {**task.held_out, "other": []}}, r"task.held_out must have .* got none of \['other'\]"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            METHODS["sft", "documented"](task._replace(**change))
 
 
 def test_several_updates_of_one_rollout_move_the_ratio():
