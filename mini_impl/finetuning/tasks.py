@@ -15,23 +15,25 @@ from mini_impl.finetuning.sft import supervised
 class Task(NamedTuple):
     """Questions by kind, and how a model is asked them.
 
-    question: a problem -> the token ids of the prompt. answer: a problem -> those of the right answer, with the stop
-    token. reward: (problem, text that the model wrote) -> 1.0 if it is right, else 0.0.
+    question: a problem -> the token ids of the prompt. answer: a problem -> those of the right answer, with
+    eos_token_id. reward: (problem, text that the model wrote) -> 1.0 if it is right, else 0.0: a rule, where the
+    documented methods ask a reward *model*.
     """
 
-    tokenizer: object  # .decode(ids) -> str, .stop: the id that ends an answer
+    tokenizer: object  # .decode(ids) -> str, .eos_token_id: the id that ends an answer
     question: Callable[[NamedTuple], list[int]]
     answer: Callable[[NamedTuple], list[int]]
     reward: Callable[[NamedTuple, str], float]
     train: dict[str, list]  # problems by kind
     held_out: dict[str, list]  # others, by kind: never trained on
     trained_kinds: tuple[str, ...]  # the kinds that fine-tuning draws from
-    max_tokens: int  # how long an answer may get
+    max_new_tokens: int  # how long an answer may get
 
 
 def examples(task: Task, problems: Sequence) -> tuple[Tensor, Tensor, Tensor]:
-    """Problems with their right answers, as sft.supervised returns them: (tokens, labels, present)."""
-    return supervised(list(map(task.question, problems)), list(map(task.answer, problems)), task.tokenizer.stop)
+    """Problems with their right answers, as sft.supervised returns them: (tokens, labels, attention_mask)."""
+    padding = task.tokenizer.eos_token_id
+    return supervised(list(map(task.question, problems)), list(map(task.answer, problems)), padding)
 
 
 # --- the tasks of the book --------------------------------------------------------------------------------------------
@@ -39,16 +41,15 @@ def examples(task: Task, problems: Sequence) -> tuple[Tensor, Tensor, Tensor]:
 
 def sums() -> tuple[LanguageModel, Task]:
     """The tiny model and its sums; fine-tuning draws from the kinds that it fails on."""
-    tokenizer = arithmetic.Tokenizer()
     task = Task(
-        tokenizer=tokenizer,
-        question=lambda problem: tokenizer.encode(problem.prompt),
-        answer=lambda problem: [*tokenizer.encode(problem.answer), tokenizer.stop],
+        tokenizer=arithmetic.Tokenizer(),
+        question=arithmetic.question,
+        answer=arithmetic.answer,
         reward=arithmetic.reward,
         train={kind: arithmetic.problems(kind, "train") for kind in arithmetic.KINDS},
         held_out={kind: arithmetic.problems(kind, "held out") for kind in arithmetic.KINDS},
         trained_kinds=tuple(arithmetic.BAD_KINDS),
-        max_tokens=arithmetic.MAX_TOKENS,
+        max_new_tokens=arithmetic.MAX_NEW_TOKENS,
     )
     return arithmetic.base_model(), task
 
@@ -68,12 +69,12 @@ def worded_sums() -> tuple[LanguageModel, Task]:
     task = Task(
         tokenizer=tokenizer,
         question=lambda problem: tokenizer.chat_prompt(f"What is {problem.a} + {problem.b}?"),
-        answer=lambda problem: [*tokenizer.encode(str(problem.a + problem.b)), tokenizer.stop],
+        answer=lambda problem: [*tokenizer.encode(str(problem.a + problem.b)), tokenizer.eos_token_id],
         reward=lambda problem, text: float(re.findall(r"\d+", text)[-1:] == [str(problem.a + problem.b)]),
         train=train,
         held_out=held_out,
         trained_kinds=(kind,),
-        max_tokens=16,
+        max_new_tokens=16,
     )
     return model, task
 
@@ -108,12 +109,12 @@ def facts() -> tuple[LanguageModel, Task]:
     task = Task(
         tokenizer=tokenizer,
         question=lambda fact: tokenizer.chat_prompt(fact.question),
-        answer=lambda fact: [*tokenizer.encode(fact.answer), tokenizer.stop],
+        answer=lambda fact: [*tokenizer.encode(fact.answer), tokenizer.eos_token_id],
         reward=lambda fact, text: float(fact.answer in text),
         train={"facts": list(FACTS)},
         held_out={"facts": list(FACTS), "facts in other words": list(REWORDED)},
         trained_kinds=("facts",),
-        max_tokens=16,
+        max_new_tokens=16,
     )
     return model, task
 

@@ -1,6 +1,5 @@
 """Forecasts that need no training: what every model has to beat."""
 
-import torch
 from torch import Tensor
 
 from mini_impl import checks
@@ -21,8 +20,8 @@ def repeat_season(history: Tensor, horizon: int, period: int) -> Tensor:
     ŷ_{T+h} = x_{T-period+1+(h-1) mod period}: tomorrow at eight is today at eight, with hours and a period of 24; the
     "seasonal naive" forecast. Raises TypeError; ValueError, also for a period longer than the history.
     """
-    checks.tensor("history", history, "batch", "time", "variable")
-    steps = torch.arange(checks.integer("horizon", horizon), device=history.device)
-    if checks.integer("period", period) > history.shape[1]:
-        raise ValueError(f"period must be at most the {history.shape[1]} time steps of history; got {period}")
-    return history[:, history.shape[1] - period + steps % period]
+    checks.look(checks.finite("history", checks.tensor("history", history, "batch", "time", "variable")))
+    checks.integers(horizon=horizon)
+    checks.integer("period", period, most=history.shape[1], why="the time steps of history")
+    season = history[:, history.shape[1] - period :]  # [batch, period, variable]
+    return season.repeat(1, -(-horizon // period), 1)[:, :horizon]

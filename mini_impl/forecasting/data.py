@@ -3,13 +3,10 @@
 series = load_auckland()                      # or load_csv(path), or load_csv(download_ett("ETTh1"))
 train, validation, test, scaler = prepare(series.values, lengths=(8640, 2880, 2880), history=96, horizon=96)
 history, target = train[torch.tensor([0, 5])]  # [2, 96, variable], [2, 96, variable]
+people = scaler.invert(target)                 # back in the unit of the series
 """
 
-import hashlib
-import os
-import urllib.request
 from collections.abc import Sequence
-from http.client import HTTPException
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mini_impl import checks
-from mini_impl.checkpoint import write_bytes
+from mini_impl.download import fetch
 from mini_impl.table import read_numbers
 
 ETT_URL = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/{name}.csv"
@@ -26,6 +23,7 @@ ETT_SHA256 = {
     "ETTh1": "f18de3ad269cef59bb07b5438d79bb3042d3be49bdeecf01c1cd6d29695ee066",
     "ETTh2": "a3dc2c597b9218c7ce1cd55eb77b283fd459a1d09d753063f944967dd6b9218b",
 }
+ETT_SPLIT = (8640, 2880, 2880)  # rows to train, validate and test on: 12, 4 and 4 months of 30 days, as in the papers
 
 
 # --- read -----------------------------------------------------------------------------------------------------------
@@ -78,11 +76,10 @@ def split(values: Tensor, lengths: Sequence[int], history: int) -> tuple[Tensor,
     checks.tensor("values", values, "time", "variable")
     if isinstance(lengths, str) or not isinstance(lengths, Sequence) or len(lengths) != 3:
         raise TypeError(f"lengths must be three whole numbers: rows to train, validate and test on; got {lengths!r}")
-    train, validation, test = (checks.integer(f"lengths[{i}]", length) for i, length in enumerate(lengths))
-    if train + validation + test > len(values):
+    train, validation, test = (checks.integer(f"lengths[{i}]", rows) for i, rows in enumerate(lengths))
+    if sum(lengths) > len(values):
         raise ValueError(f"lengths {tuple(lengths)} add up to {sum(lengths)} rows; the series has {len(values)}")
-    if checks.integer("history", history) > train:
-        raise ValueError(f"history must be at most the {train} rows of the training part; got {history}")
+    checks.integer("history", history, most=train, why="the rows to train on")
     return (
         values[:train],
         values[train - history : train + validation],
@@ -103,34 +100,38 @@ class Scaler(NamedTuple):
     def fit(cls, train: Tensor) -> "Scaler":
         """Mean and standard deviation (divided by n, not n - 1) over time of train [time, variable].
 
-        Raises ValueError if a variable is constant there: its z-scores would be 0/0.
+        Raises TypeError; ValueError for NaN or infinity, or if a variable is constant: its z-scores would be 0/0.
         """
-        checks.tensor("train", train, "time", "variable")
+        checks.look(checks.finite("train", checks.tensor("train", train, "time", "variable")))
         std, mean = torch.std_mean(train.cpu().double(), dim=0, correction=0)
         std, mean = std.to(train), mean.to(train)
-        for variable in range(train.shape[1]):
-            if std[variable] == 0 or train[:, variable].min() == train[:, variable].max():
-                raise ValueError(
-                    f"variable {variable} (counted from 0) of train is constant, {train[0, variable]:g}: it cannot be "
-                    "z-scored; leave it out"
-                )
+        constant = (std == 0) | (train.amin(0) == train.amax(0))  # [variable]
+        if constant.any():
+            named = f"variable {int(constant.int().argmax())} (counted from 0) of train"
+            raise ValueError(f"{named} is constant: it cannot be z-scored; leave it out")
         return cls(mean, std)
 
     def apply(self, values: Tensor) -> Tensor:
-        """The z-scores of values [.., variable], of any dtype and on any device."""
-        checks.tensor("values", values, ..., "variable")
-        self._same_variables(values)
+        """The z-scores of values [.., variable], of any dtype and on any device. Raises TypeError, ValueError."""
+        self._check("values", values)
         return (values - self.mean.to(values)) / self.std.to(values)
 
-    def invert(self, scores: Tensor) -> Tensor:
-        """The values, in the unit of the series, of z-scores [.., variable]."""
-        checks.tensor("scores", scores, ..., "variable")
-        self._same_variables(scores)
+    def invert(self, scores: Tensor, variables: int | Sequence[int] | None = None) -> Tensor:
+        """The values, in the unit of the series, of z-scores [.., variable]. Raises TypeError, ValueError.
+
+        variables: which ones the scores are of, an index or several; None: all. A forecast of the endogenous variables
+        alone goes back with scaler.invert(output.prediction, test.endogenous).
+        """
+        if variables is not None:
+            places = list(checks.indices("variables", variables, len(self.mean)))
+            return Scaler(self.mean[places], self.std[places]).invert(scores)
+        self._check("scores", scores)
         return scores * self.std.to(scores) + self.mean.to(scores)
 
-    def _same_variables(self, values: Tensor) -> None:
+    def _check(self, name: str, values: Tensor) -> None:
+        checks.look(checks.finite(name, checks.tensor(name, values, ..., "variable")))
         if values.shape[-1] != len(self.mean):
-            raise ValueError(f"the scaler was fitted on {len(self.mean)} variables; got shape {list(values.shape)}")
+            raise ValueError(f"{name} must be of {len(self.mean)} variables; got shape {list(values.shape)}")
 
 
 class Windows:
@@ -147,19 +148,21 @@ class Windows:
     """
 
     def __init__(self, values: Tensor, history: int, horizon: int, endogenous: int | Sequence[int] | None = None):
-        checks.tensor("values", values, "time", "variable")
-        least = checks.integer("history", history) + checks.integer("horizon", horizon)
-        if len(values) < least:
-            raise ValueError(
-                f"values has {len(values)} rows; one window of history {history} and horizon {horizon} needs {least}"
-            )
+        checks.look(checks.finite("values", checks.tensor("values", values, "time", "variable")))
+        checks.integers(history=history, horizon=horizon)
+        window = f"one window of {history} -> {horizon} steps"
+        checks.integer(f"the rows of values, for {window},", len(values), least=history + horizon)
         if endogenous is not None:
             endogenous = checks.indices("endogenous", endogenous, values.shape[1])
         self.values, self.history, self.horizon, self.endogenous = values, history, horizon, endogenous
         targets = values if endogenous is None else values[:, endogenous]
-        # [window, variable, step] -> [window, step, variable]; views, no copies
-        self._histories = values[: len(values) - horizon].unfold(0, history, 1).transpose(1, 2)
-        self._targets = targets[history:].unfold(0, horizon, 1).transpose(1, 2)
+        self._histories = values[: len(values) - horizon].unfold(0, history, 1).mT  # [window, step, variable], a view
+        self._targets = targets[history:].unfold(0, horizon, 1).mT  # [window, step, endogenous], a view
+
+    @property
+    def form(self) -> tuple:
+        """(history, horizon, endogenous): what two parts must share for one model to be used on both."""
+        return self.history, self.horizon, self.endogenous
 
     def __len__(self) -> int:
         return len(self._histories)
@@ -169,7 +172,7 @@ class Windows:
 
     def to(self, device: torch.device | str) -> "Windows":
         """The same windows on another device."""
-        return Windows(self.values.to(device), self.history, self.horizon, self.endogenous)
+        return Windows(self.values.to(device), *self.form)
 
 
 def prepare(
@@ -185,13 +188,11 @@ def prepare(
     Returns train, validation, test, scaler. Raises TypeError or ValueError as `split`, `Scaler.fit` and `Windows` do.
     """
     parts = split(values, lengths=lengths, history=history)
+    checks.integers(horizon=horizon)
+    for i, name in enumerate(("training", "validation", "test")):
+        least = horizon if i else history + horizon  # the later parts look back into the one before
+        checks.integer(f"lengths[{i}], the {name} part of windows of {history} -> {horizon} steps,", lengths[i], least)
     scaler = Scaler.fit(parts[0])
-    for name, part in zip(("training", "validation", "test"), parts, strict=True):
-        if len(part) < history + checks.integer("horizon", horizon):
-            raise ValueError(
-                f"the {name} part has {len(part)} rows, with the {history} before it that it may see; one window of "
-                f"history {history} and horizon {horizon} needs {history + horizon}: give it more rows in lengths"
-            )
     return (*(Windows(scaler.apply(part), history, horizon, endogenous) for part in parts), scaler)
 
 
@@ -201,39 +202,9 @@ def prepare(
 def download_ett(name: str = "ETTh1") -> Path:
     """The path of ETTh1.csv or ETTh2.csv: seven hourly variables of a transformer in China, 2016 to 2018, 17420 rows.
 
-    If the environment variable MINI_IMPL_DATA is set, it is that file, or the folder that holds it; else the file is
-    downloaded once into the user's cache folder. Either way its sha256 is checked.
-    Raises ValueError for another name or another content, FileNotFoundError if MINI_IMPL_DATA leads to no file,
-    ConnectionError if the download fails.
+    Downloaded once, or where MINI_IMPL_DATA says, as `download.fetch` does; its sha256 is checked either way.
+    Raises ValueError for another name or another content, FileNotFoundError, ConnectionError.
     Source: Zhou et al., Informer (2021), github.com/zhouhaoyi/ETDataset, CC BY-ND 4.0: do not pass on changed copies.
     """
     checks.choice("name", name, tuple(ETT_SHA256))
-    if given := os.environ.get("MINI_IMPL_DATA"):
-        path = Path(given).expanduser()
-        path = path / f"{name}.csv" if path.is_dir() else path
-        if not path.is_file():
-            raise FileNotFoundError(f"MINI_IMPL_DATA is {given!r}, but there is no file {path}")
-        _check_sha256(path.read_bytes(), name, path)
-        return path
-
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mini_impl" / f"{name}.csv"
-    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == ETT_SHA256[name]:
-        return path
-    url = ETT_URL.format(name=name)
-    try:
-        with urllib.request.urlopen(url, timeout=30) as response:
-            content = response.read()
-    except (OSError, HTTPException) as error:
-        raise ConnectionError(
-            f"could not download {url} ({error}); if you have {name}.csv, set the environment variable MINI_IMPL_DATA "
-            "to that file or to the folder that holds it"
-        ) from error
-    _check_sha256(content, name, url)
-    write_bytes(path, content)
-    return path
-
-
-def _check_sha256(content: bytes, name: str, where: str | Path) -> None:
-    got = hashlib.sha256(content).hexdigest()
-    if got != ETT_SHA256[name]:
-        raise ValueError(f"{where} is not {name}.csv as published: its sha256 is {got}, not {ETT_SHA256[name]}")
+    return fetch(ETT_URL.format(name=name), f"{name}.csv", ETT_SHA256[name])

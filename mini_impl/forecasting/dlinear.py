@@ -3,7 +3,7 @@
 Sources: the documented system "DLinear"; Zeng et al., "Are Transformers Effective for Time Series Forecasting?", 2023.
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,25 +35,28 @@ class Output(NamedTuple):
 class DLinear(nn.Module):
     """Two linear maps over time, shared by all variables: y = W_t t + b_t + W_s s + b_s.
 
-    history, horizon: how many steps it sees and forecasts. kernel_size: of the moving average, odd, at most history.
-    Called with history [batch, time, variable] it returns an Output. Raises TypeError, ValueError.
-    Source: documented steps 2 and 3.
+    history, horizon: how many steps it sees and forecasts (elsewhere: seq_len, pred_len). kernel_size: of the moving
+    average, odd, at most history. model(history [batch, history, variable]) -> Output. Raises TypeError, ValueError.
+    Source: documented steps 2 and 3. Public code can also give each variable maps of its own (`individual`); here all
+    variables share them.
     """
+
+    documented_needs: ClassVar[dict] = {}  # arguments with which a model returns what documented_loss needs
 
     def __init__(self, history: int, horizon: int, kernel_size: int = 25):
         super().__init__()
-        self.history = checks.integer("history", history)
-        self.horizon = checks.integer("horizon", horizon)
-        self.kernel_size = checks.odd("kernel_size", kernel_size, most=history)
+        checks.integers(history=history, horizon=horizon)
+        checks.odd("kernel_size", kernel_size, most=history)
+        self.history, self.horizon, self.kernel_size = history, horizon, kernel_size
         self.trend = nn.Linear(history, horizon)
         self.seasonal = nn.Linear(history, horizon)
 
     def forward(self, history: Tensor) -> Output:
         checks.history(history, self.history, self.trend.weight)
         # decompose(history, kernel_size) with time as the last axis: t = A x, s = x - t
-        average = averaging_matrix(self.history, self.kernel_size, history.dtype, history.device)
+        average = averaging_matrix(self.history, self.kernel_size, history.dtype, history.device)  # [time, time]
         past = history.mT.flatten(0, 1)  # [batch * variable, time]
-        trend = past @ average.mT
+        trend = past @ average.mT  # [batch * variable, time]
         trend_forecast = self.trend(trend)  # [batch * variable, horizon]
         forecast = trend_forecast + self.seasonal(past - trend)
         shape = (len(history), -1, self.horizon)  # [batch, variable, horizon]
@@ -67,10 +70,9 @@ def documented_loss(output: Output, target: Tensor, trend_weight: float = 1.0) -
     output: of DLinear; T is output.trend. target: y, [batch, horizon, variable]. trend_weight: lambda, at least 0.
     Terms: "forecast" and "trend". Raises TypeError, ValueError. Source: the documented loss.
     """
-    checks.forecast(output, target)
-    checks.tensor("output.trend", output.trend, "batch", "horizon", "variable", finite=False)
+    checks.forecast(output, target, trend=(("batch", "horizon", "variable"), None))
     checks.alike("output.trend", output.trend, "target", target)
-    checks.number("trend_weight", trend_weight, least=0)
+    checks.not_negative(trend_weight=trend_weight)
     windows = len(target)
     return LossTerms.of(
         forecast=F.mse_loss(output.prediction, target, reduction="sum") / (2 * windows),
@@ -98,13 +100,11 @@ def closed_form(history: Tensor, target: Tensor, kernel_size: int = 25, trend_we
     Meant for z-scored windows: where the level is more than a million times the spread, float64 runs out of digits.
     Raises TypeError, ValueError. Source: ours.
     """
-    checks.tensor("history", history, "window", "time", "variable")
-    checks.tensor("target", target, "window", "horizon", "variable")
-    checks.pairs("history", history, "target", target)
-    checks.number("trend_weight", trend_weight, least=0)
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # the model's random first weights are overwritten: use up no random numbers
+    checks.look(checks.finite("history", checks.tensor("history", history, "window", "time", "variable")))
+    checks.look(checks.finite("target", checks.tensor("target", target, "window", "horizon", "variable")))
+    checks.alike("history[:, 0]", history[:, 0], "target[:, 0]", target[:, 0])  # windows and variables
+    checks.not_negative(trend_weight=trend_weight)
+    with torch.random.fork_rng(devices=[]):  # first weights that are overwritten use up no random numbers
         model = DLinear(history.shape[1], target.shape[1], kernel_size).double()
     sizes = [model.history, 1, model.history, 1]  # of t, 1, s, 1
 

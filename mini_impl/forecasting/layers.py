@@ -19,9 +19,8 @@ def moving_average(series: Tensor, kernel_size: int) -> Tensor:
     t_t = 1/k sum of x_i from i = t - (k-1)/2 to t + (k-1)/2. Raises TypeError, ValueError.
     Source: the filter of the documented DLinear; its edges, which the text leaves out, as in the paper's public code.
     """
-    checks.tensor("series", series, "batch", "time", "variable")
-    size = checks.odd("kernel_size", kernel_size, most=series.shape[1])
-    return F.avg_pool1d(_repeat_edges(series, size // 2), size, stride=1).mT
+    longer = _repeat_edges(series, "kernel_size", kernel_size)  # [batch, variable, time + k - 1]
+    return F.avg_pool1d(longer, kernel_size, stride=1).mT  # [batch, time, variable]
 
 
 @lru_cache(maxsize=16)
@@ -39,13 +38,11 @@ def weighted_average(series: Tensor, weights: Tensor) -> Tensor:
 
     weights: [offset], an odd number of them, at most as many as there are time steps. Raises TypeError, ValueError.
     """
-    checks.tensor("series", series, "batch", "time", "variable")
-    checks.tensor("weights", weights, "offset")
-    batch, time, variable = series.shape
-    size = checks.odd("the number of weights", len(weights), most=time)
-    kernel = weights.to(series)[None, None]  # [1, 1, offset]
-    alone = _repeat_edges(series, size // 2).flatten(0, 1)[:, None]  # [batch * variable, 1, time + size - 1]
-    return F.conv1d(alone, kernel).view(batch, variable, time).mT
+    checks.look(checks.finite("weights", checks.tensor("weights", weights, "offset")))
+    longer = _repeat_edges(series, "the number of weights", len(weights))  # [batch, variable, time + offset - 1]
+    alone = longer.flatten(0, 1)[:, None]  # [batch * variable, 1, time + offset - 1]
+    averages = F.conv1d(alone, weights.to(series)[None, None])  # [batch * variable, 1, time]
+    return averages.view(len(series), -1, series.shape[1]).mT  # [batch, time, variable]
 
 
 def half_weighted(period: int) -> Tensor:
@@ -54,15 +51,16 @@ def half_weighted(period: int) -> Tensor:
     It removes every wave that repeats after `period` steps; for an even period no plain average of odd length does.
     Raises TypeError, ValueError for an odd period. Source: the "2 x p" average of classical decomposition.
     """
-    if checks.integer("period", period, least=2) % 2:
-        raise ValueError(f"period must be even; got {period}, over which moving_average is centred already")
+    checks.divides("2", 2, "period", period)
     weights = torch.full((period + 1,), 1 / period, dtype=torch.float64)
     weights[0] = weights[-1] = 1 / (2 * period)
     return weights
 
 
-def _repeat_edges(series: Tensor, steps: int) -> Tensor:
-    """[batch, time, variable] -> [batch, variable, steps + time + steps]."""
+def _repeat_edges(series: Tensor, size_name: str, size: int) -> Tensor:
+    """[batch, time, variable] -> [batch, variable, time + size - 1]: each time step is the middle of `size` steps."""
+    checks.look(checks.finite("series", checks.tensor("series", series, "batch", "time", "variable")))
+    steps = checks.odd(size_name, size, most=series.shape[1]) // 2
     return F.pad(series.mT, (steps, steps), mode="replicate")
 
 
@@ -80,13 +78,13 @@ def normalise(series: Tensor, observed: Tensor | None = None) -> tuple[Tensor, T
     "Non-stationary Transformers", 2022.
     """
     if observed is None:
-        variance, mean = torch.var_mean(series, dim=1, correction=0, keepdim=True)
+        variance, mean = torch.var_mean(series, dim=1, correction=0, keepdim=True)  # [batch, 1, variable]
         std = (variance + 1e-5).sqrt()
         return (series - mean) / std, mean, std
-    count = observed.sum(1, keepdim=True).clamp(min=1)
+    count = observed.sum(1, keepdim=True).clamp(min=1)  # [batch, 1, variable]
     mean = series.where(observed, 0).sum(1, keepdim=True) / count
     mean = mean + (series - mean).where(observed, 0).sum(1, keepdim=True) / count  # rounding: a constant becomes 0
-    centred = (series - mean).where(observed, 0)
+    centred = (series - mean).where(observed, 0)  # [batch, time, variable]
     std = (centred.square().sum(1, keepdim=True) / count + 1e-5).sqrt()
     return centred / std, mean, std
 
@@ -103,9 +101,13 @@ def patches(series: Tensor, patch_length: int, stride: int) -> Tensor:
     """Cut the last axis into pieces of `patch_length` steps, each beginning `stride` steps after the one before.
 
     series: [.., time]. Returns [.., patch, patch_length], a view; patch = (time - patch_length) / stride + 1.
-    Raises ValueError if the patches would leave out steps, between them or at the end.
+    Raises TypeError; ValueError, also if the patches would leave out steps, between them or at the end.
     """
-    checks.patches(series.shape[-1], patch_length, stride)
+    time = series.shape[-1]
+    checks.integer("patch_length", patch_length, most=time, why="as there are no more time steps")
+    checks.integer("stride", stride, most=patch_length, why="the patch_length, or steps would be skipped")
+    if rest := (time - patch_length) % stride:
+        raise ValueError(f"patches of {patch_length}, {stride} apart, would leave out the last {rest} of {time} steps")
     return series.unfold(-1, patch_length, stride)
 
 
@@ -117,10 +119,11 @@ def sinusoids(length: int, width: int, dtype: torch.dtype, device: torch.device)
     Source: Vaswani et al., "Attention Is All You Need", 2017.
     """
     with torch.inference_mode(False):  # the tensor outlives the call, and must then serve in training too
-        even = torch.arange(0, width, 2, dtype=torch.float64)
-        angles = torch.arange(length)[:, None] * torch.exp(-math.log(10000) * even / width)  # [length, width / 2]
-        waves = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width]
-        return waves.to(device, dtype)
+        time = torch.arange(length, device="cpu")[:, None]  # [length, 1]
+        even = torch.arange(0, width, 2, dtype=torch.float64, device="cpu")
+        angles = time * torch.exp(-math.log(10000) * even / width)  # [length, width / 2]
+        waves = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width]  # [length, width]
+        return waves.to(dtype).to(device)  # in this order: not every device knows float64
 
 
 # --- the transformer's parts ------------------------------------------------------------------------------------------
@@ -135,26 +138,26 @@ class Dropout(nn.Module):
 
     def __init__(self, rate: float):
         super().__init__()
-        self.rate = checks.fraction("dropout", rate)
+        self.rate = checks.number("dropout", rate, least=0, below=1)
 
     def forward(self, values: Tensor) -> Tensor:
         if not self.training or self.rate == 0:
             return values
         count = min(round(self.rate * 65536), 65534)
         words = torch.randint(-(2**63), 2**63 - 1, ((values.numel() + 3) // 4,), device=values.device)
-        bits = words.view(torch.int16)[: values.numel()].view(values.shape)
-        kept = torch.ge(bits, count - 32768, out=torch.empty_like(values))  # 1 with probability 1 - count / 65536
+        bits = words.view(torch.int16)[: values.numel()].view(values.shape)  # each from -32768 to 32767
+        kept = bits.ge_(count - 32768).to(values.dtype)  # 1 with probability 1 - count / 65536, else 0
         return values * kept.mul_(65536 / (65536 - count))
 
 
 class Attention(nn.Module):
-    """softmax(Q K' / sqrt(d)) V in several heads of d = width / heads features each.
+    """softmax(Q K' / sqrt(head_dim)) V in several heads of head_dim = width / heads features each.
 
     Called with tokens [batch, query, width] alone, they attend to one another; with a context [batch, key, width], to
-    that. present: bool [batch, key], False for keys that nobody attends to.
+    that. attention_mask: bool [batch, key], False for keys that nobody attends to.
     Returns (mixed [batch, query, width], map [batch, head, query, key]): the map, each row with sum 1, is None unless
     asked for: of many keys the fused product is quicker without it.
-    Source: Vaswani et al., 2017.
+    Source: Vaswani et al., 2017, without the dropout of maps that most public code has.
     """
 
     def __init__(self, width: int, heads: int):
@@ -168,28 +171,31 @@ class Attention(nn.Module):
         self,
         tokens: Tensor,
         context: Tensor | None = None,
-        present: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         return_map: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        query, key, value = self._project(tokens, context)  # each [batch, head, token, d]
-        if present is not None:
-            present = present[:, None, None]  # [batch, 1, 1, key]
-        size = query.shape[-1]
+        query, key, value = self._project(tokens, context)  # each [batch, head, token, head_dim]
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, None, None]  # [batch, 1, 1, key]
+        head_dim = query.shape[-1]
         # Of few keys the map is no larger than the values, and quicker to write down than the fused product is without.
-        if return_map or key.shape[2] <= size:
-            scores = query @ key.mT / math.sqrt(size)
-            weights = (scores if present is None else scores.masked_fill(~present, -math.inf)).softmax(-1)
-            mixed = weights @ value
+        if return_map or key.shape[2] <= head_dim:
+            scores = query @ key.mT / math.sqrt(head_dim)  # [batch, head, query, key]
+            if attention_mask is not None:
+                scores = scores.masked_fill(~attention_mask, -math.inf)
+            weights = scores.softmax(-1)
+            mixed = weights @ value  # [batch, head, query, head_dim]
         else:
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=present)
-        return self.output(mixed.transpose(1, 2).flatten(2)), weights if return_map else None
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+        mixed = mixed.transpose(1, 2).flatten(2)  # [batch, query, width]
+        return self.output(mixed), weights if return_map else None
 
     def _project(self, tokens: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         if context is None:
-            parts = self.projection(tokens).chunk(3, dim=-1)
+            parts = self.projection(tokens).chunk(3, dim=-1)  # each [batch, token, width]
         else:
             width = tokens.shape[-1]
-            weight, bias = self.projection.weight, self.projection.bias
+            weight, bias = self.projection.weight, self.projection.bias  # [3 * width, width], [3 * width]
             query = F.linear(tokens, weight[:width], bias[:width])
             parts = query, *F.linear(context, weight[width:], bias[width:]).chunk(2, dim=-1)
         return tuple(part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
@@ -197,7 +203,7 @@ class Attention(nn.Module):
 
 def feed_forward(width: int, hidden: int, dropout: float) -> nn.Sequential:
     """Two linear maps with GELU between them, applied to each token alone: width -> hidden -> width."""
-    checks.integer("feed_forward_width", hidden)
+    checks.integers(feed_forward_width=hidden)
     return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), Dropout(dropout), nn.Linear(hidden, width))
 
 
@@ -217,7 +223,7 @@ class EncoderBlock(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, tokens: Tensor, return_map: bool = False) -> tuple[Tensor, Tensor | None]:
-        mixed, attention_map = self.attention(tokens, return_map=return_map)
+        mixed, attention_map = self.attention(tokens, return_map=return_map)  # [batch, token, width]
         tokens = self.attention_norm(tokens + self.dropout(mixed))
         tokens = self.feed_forward_norm(tokens + self.dropout(self.feed_forward(tokens)))
         return tokens, attention_map

@@ -5,7 +5,7 @@ Sources: the documented system "PatchTST"; Nie et al., "A Time Series is Worth 6
 
 import copy
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mini_impl import checks
 from mini_impl.forecasting.data import Windows
 from mini_impl.forecasting.layers import Dropout, EncoderBlock, denormalise, encode, normalise, patches
-from mini_impl.losses import LossTerms, kl_from_uniform
+from mini_impl.losses import LossTerms, _kl_from_uniform
 
 
 def pad_end(series: Tensor, patch_length: int, stride: int) -> Tensor:
@@ -22,7 +22,7 @@ def pad_end(series: Tensor, patch_length: int, stride: int) -> Tensor:
 
     series: [.., time]. Returns [.., time and 1 to stride steps more]. Source: the paper, section 3.1.
     """
-    checks.integer("stride", stride)
+    checks.integers(stride=stride)
     extra = stride - (series.shape[-1] - patch_length) % stride
     return torch.cat([series, series[..., -1:].expand(*series.shape[:-1], extra)], dim=-1)
 
@@ -52,16 +52,16 @@ class Encoder(nn.Module):
         dropout: float,
     ):
         super().__init__()
-        self.embedding = nn.Linear(patch_length, checks.integer("width", width))
+        checks.integers(width=width, layers=layers)
+        self.embedding = nn.Linear(patch_length, width)
         self.position = nn.Parameter(torch.empty(patch_count, width).uniform_(-0.02, 0.02))
         self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(
-            EncoderBlock(width, heads, feed_forward_width, dropout, norm=BatchNorm)
-            for _ in range(checks.integer("layers", layers))
+            EncoderBlock(width, heads, feed_forward_width, dropout, norm=BatchNorm) for _ in range(layers)
         )
 
     def forward(self, pieces: Tensor, return_map: bool = False) -> tuple[Tensor, Tensor | None]:
-        tokens = self.dropout(self.embedding(pieces) + self.position)  # 2. into the latent space
+        tokens = self.dropout(self.embedding(pieces) + self.position)  # 2. [window, patch, width]
         return encode(self.blocks, tokens, return_map)  # 3. attention between patches
 
 
@@ -78,13 +78,19 @@ class Output(NamedTuple):
 class PatchTST(nn.Module):
     """Forecast every variable by itself with one shared transformer over its patches.
 
-    history, horizon: how many steps it sees and forecasts. patch_length, stride: patches overlap where stride is less.
+    history, horizon: how many steps it sees and forecasts (elsewhere: seq_len, pred_len).
+    patch_length, stride: patches overlap where stride is less.
     pad_end: repeat the last value, so that one more patch fits; without it the patches must cover the history evenly.
-    width, heads, layers, feed_forward_width, dropout: of the encoder. return_attention: fill Output.attention.
+    width, heads, layers, feed_forward_width, dropout: of the encoder (elsewhere: d_model, n_heads, e_layers, d_ff).
+    return_attention: fill Output.attention.
     model(history [batch, history, variable]) -> Output. Raises TypeError, ValueError.
     Source: documented steps 1 to 4. What the text leaves out (each window on its own scale, positions, BatchNorm, the
-    linear head) as in the paper; the public code's sum of attention scores over layers, not in the paper, is left out.
+    linear head) as in the paper. The public code, not the paper, also sums attention scores over layers, drops out
+    twice after attention (here once), can drop out entries of attention maps and can give each variable a head of its
+    own (`individual`); none of these is here.
     """
+
+    documented_needs: ClassVar[dict] = {"return_attention": True}
 
     def __init__(
         self,
@@ -101,26 +107,25 @@ class PatchTST(nn.Module):
         return_attention: bool = False,
     ):
         super().__init__()
-        self.history = checks.integer("history", history)
-        self.horizon = checks.integer("horizon", horizon)
-        self.patch_length = checks.integer("patch_length", patch_length, most=history, why="the history")
-        self.stride = checks.integer("stride", stride)
-        self.pad_end = checks.flag("pad_end", pad_end)
-        self.return_attention = checks.flag("return_attention", return_attention)
+        checks.integers(history=history, horizon=horizon)
+        checks.integer("patch_length", patch_length, most=history, why="the history")
+        checks.flags(pad_end=pad_end, return_attention=return_attention)
+        self.history, self.horizon, self.patch_length, self.stride = history, horizon, patch_length, stride
+        self.pad_end, self.return_attention = pad_end, return_attention
         patch_count = self.cut(torch.empty(1, history, 1)).shape[2]
         self.encoder = Encoder(patch_count, patch_length, width, heads, layers, feed_forward_width, dropout)
         self.head = nn.Linear(patch_count * width, horizon)
 
     def cut(self, scaled: Tensor) -> Tensor:
         """[batch, time, variable] -> patches [batch, variable, patch, patch_length]. Source: documented step 1."""
-        series = pad_end(scaled.mT, self.patch_length, self.stride) if self.pad_end else scaled.mT
+        series = pad_end(scaled.mT, self.patch_length, self.stride) if self.pad_end else scaled.mT  # [.., time]
         return patches(series, self.patch_length, self.stride)
 
     def forward(self, history: Tensor) -> Output:
         checks.history(history, self.history, self.head.weight)
-        scaled, mean, std = normalise(history)
+        scaled, mean, std = normalise(history)  # [batch, time, variable]
         pieces = self.cut(scaled).flatten(0, 1)  # 1. [batch * variable, patch, patch_length]
-        tokens, attention = self.encoder(pieces, return_map=self.return_attention)
+        tokens, attention = self.encoder(pieces, self.return_attention)  # 2., 3. [batch * variable, patch, width]
         forecast = self.head(tokens.flatten(1))  # 4. [batch * variable, horizon]
         forecast = forecast.view(len(history), -1, self.horizon).mT  # [batch, horizon, variable]
         return Output(prediction=denormalise(forecast, mean, std), attention=attention)
@@ -135,13 +140,13 @@ class PatchTST(nn.Module):
         out, and its BatchNorm follows the data, as in public code). Otherwise all is trained on.
         Source: the paper, section 4.2.
         """
-        if not isinstance(masked, MaskedPatchTST):
-            raise TypeError(f"masked must be a MaskedPatchTST; got {type(masked).__name__}")
+        checks.instance("masked", masked, MaskedPatchTST, "a MaskedPatchTST")
+        checks.flags(linear_probe=linear_probe)
         length, width = masked.patch_length, masked.encoder.embedding.out_features
         sizes = {"patch_length": length, "stride": length, "width": width, "heads": 1, "layers": 1}
         model = cls(masked.history, horizon, pad_end=False, return_attention=return_attention, **sizes)
         model.encoder = copy.deepcopy(masked.encoder).train()  # in place of the one just made
-        model.encoder.requires_grad_(not checks.flag("linear_probe", linear_probe))
+        model.encoder.requires_grad_(not linear_probe)
         return model.to(masked.head.weight)
 
 
@@ -157,15 +162,15 @@ def documented_loss(
     The KL lies between 0 and log(patches); its mean over all p counts.
     Terms: "forecast" and "uniformity". Raises TypeError, ValueError. Source: the documented loss.
     """
-    checks.forecast(output, target, "attention")
-    checks.returned("output.attention", output.attention, "return_attention=True", "window", "head", "query", "key")
-    checks.windows("output.attention", output.attention, len(target) * target.shape[2])
-    checks.number("uniformity_weight", uniformity_weight, least=0)
+    checks.forecast(output, target, attention=(("window", "head", "query", "key"), "return_attention"))
+    attention = output.attention
+    checks.alike("output.attention[:, 0, 0, 0]", attention[:, 0, 0, 0], "target[:, 0]", target[:, 0].flatten())
+    checks.not_negative(uniformity_weight=uniformity_weight)
     checks.choice("reading", reading, ("received", "rows"))
-    p = output.attention if reading == "rows" else output.attention.mean((1, 2))  # [.., key]
+    p = attention if reading == "rows" else attention.mean((1, 2))  # [.., key]
     return LossTerms.of(
         forecast=F.l1_loss(output.prediction, target),
-        uniformity=uniformity_weight * kl_from_uniform(p),
+        uniformity=uniformity_weight * _kl_from_uniform(p),
     )
 
 
@@ -203,10 +208,13 @@ class MaskedPatchTST(nn.Module):
     """Learn without a target: set random patches to zero, and reconstruct them from the ones still visible.
 
     patch_length: divides history; the patches do not overlap, or a hidden one could be read off its neighbours.
-    mask_ratio: the share of patches to hide; of n patches floor(n (1 - mask_ratio)) stay visible, as in public code.
-    The other settings are the encoder's.
+    mask_ratio: r, the share of patches to hide; of n patches floor(n (1 - r)) stay visible, with n (1 - r) as the exact
+    product of decimals: public code rounds down what floating point makes of it, at times one patch less.
+    history, width and so on: as PatchTST's.
     model(history [batch, history, variable], generator=None) -> MaskedOutput; generator: where the masks come from.
-    Raises TypeError, ValueError. Source: the documented self-supervised form; sizes as in the paper, section 4.2.
+    Raises TypeError, ValueError. Source: the documented self-supervised form; sizes as in the paper, section 4.2. Here
+    nothing is dropped out before the head, and the blocks have GELU; public pre-training has a head dropout of 0.2 and
+    ReLU.
     """
 
     def __init__(
@@ -221,12 +229,12 @@ class MaskedPatchTST(nn.Module):
         dropout: float = 0.2,
     ):
         super().__init__()
-        self.history = checks.integer("history", history)
-        self.patch_length = checks.divides("patch_length", patch_length, "history", history)
+        self.history, self.patch_length = history, checks.divides("patch_length", patch_length, "history", history)
         patch_count = history // patch_length
-        hidden_share = checks.fraction("mask_ratio", mask_ratio)
+        hidden_share = checks.number("mask_ratio", mask_ratio, above=0, below=1)
         self.visible = math.floor(patch_count * (1 - hidden_share) + 1e-9)  # 5 (1 - 0.8) is 0.9999..
-        checks.hides_some("mask_ratio", mask_ratio, self.visible, patch_count)
+        if self.visible in (0, patch_count):
+            raise ValueError(f"mask_ratio must hide some of {patch_count} patches, not all; {mask_ratio} does not")
         self.encoder = Encoder(patch_count, patch_length, width, heads, layers, feed_forward_width, dropout)
         self.head = nn.Linear(width, patch_length)
 
@@ -234,9 +242,9 @@ class MaskedPatchTST(nn.Module):
         checks.history(history, self.history, self.head.weight)
         scaled, _, _ = normalise(history)
         whole = patches(scaled.mT, self.patch_length, self.patch_length)  # [batch, variable, patch, patch_length]
-        mask = random_mask(whole.shape[:3], self.visible, generator).to(whole.device)
+        mask = random_mask(whole.shape[:3], self.visible, generator).to(whole.device)  # [batch, variable, patch]
         visible = whole.masked_fill(mask[..., None], 0)
-        tokens, _ = self.encoder(visible.flatten(0, 1))
+        tokens, _ = self.encoder(visible.flatten(0, 1))  # [batch * variable, patch, width]
         return MaskedOutput(reconstruction=self.head(tokens).view_as(whole), patches=whole, mask=mask)
 
 
@@ -246,12 +254,11 @@ def masked_loss(output: MaskedOutput, target: Tensor | None = None) -> LossTerms
     output: of MaskedPatchTST. target: not used; with it `fit` can call this like any other loss.
     Term: "reconstruction". Raises TypeError, ValueError. Source: the paper, section 3.2.
     """
-    if not isinstance(output, MaskedOutput):
-        raise TypeError(f"output must be what a MaskedPatchTST returned; got {type(output).__name__}")
+    checks.instance("output", output, MaskedOutput, "what a MaskedPatchTST returned")
     checks.alike("output.reconstruction", output.reconstruction, "output.patches", output.patches)
-    checks.patch_mask("output.mask", output.mask, output.patches)
+    checks.bool_mask("output.mask", output.mask, "[batch, variable, patch]", output.patches.shape[:-1])
     error = (output.reconstruction - output.patches).square().mean(-1)  # [batch, variable, patch]
-    return LossTerms.of(reconstruction=error[output.mask].mean())
+    return LossTerms.of(reconstruction=error.where(output.mask, 0).sum() / output.mask.sum())
 
 
 def masked_score(model: MaskedPatchTST, windows: Windows, seed: int = 0, batch_size: int = 256) -> float:
@@ -260,10 +267,11 @@ def masked_score(model: MaskedPatchTST, windows: Windows, seed: int = 0, batch_s
     Raises TypeError, ValueError.
     """
     model = copy.deepcopy(model).eval()  # the model itself stays in the mode that it is in
+    checks.integers(batch_size=batch_size)
     generator = torch.Generator().manual_seed(checks.integer("seed", seed, least=0))
     total = 0.0
     with torch.no_grad():
-        for start in range(0, len(windows), checks.integer("batch_size", batch_size)):
+        for start in range(0, len(windows), batch_size):
             history, _ = windows[start : start + batch_size]
             history = history.to(model.head.weight)
             total += masked_loss(model(history, generator)).total.item() * len(history)  # as many masked in each window

@@ -4,7 +4,7 @@ Sources: the documented system "TimesNet"; Wu et al., "TimesNet: Temporal 2D-Var
 Analysis", 2023.
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +26,8 @@ def dominant_periods(series: Tensor, k: int, per_window: bool = False) -> tuple[
     Amplitudes carry a gradient, the choice does not. Raises TypeError, ValueError.
     Source: documented TimesBlock, step 1; the paper, equations 1 and 2; the mean over the batch: its public code.
     """
-    checks.tensor("series", series, "batch", "time", "variable")
-    time = series.shape[1]
-    checks.integer("k", k, most=time // 2, why=f"the frequencies of {time} time steps")
+    checks.look(checks.finite("series", checks.tensor("series", series, "batch", "time", "variable")))
+    checks.integer("k", k, most=series.shape[1] // 2, why=f"the frequencies of {series.shape[1]} time steps")
     return _strongest(series, k, per_window)
 
 
@@ -36,7 +35,7 @@ def _strongest(series: Tensor, k: int, per_window: bool) -> tuple[Tensor, Tensor
     """dominant_periods unchecked: features that are NaN, as when training diverges, are for the loss to name."""
     batch, time, _ = series.shape
     amplitude = torch.fft.rfft(series, dim=1).abs().mean(2)[:, 1:]  # [batch, frequency], without 0, the mean
-    strength = amplitude if per_window else amplitude.mean(0)
+    strength = amplitude if per_window else amplitude.mean(0)  # [batch, frequency] or [frequency]
     strongest = strength.topk(k).indices  # [batch, k] or [k]
     return time // (strongest + 1), amplitude.gather(1, strongest.expand(batch, k))
 
@@ -69,7 +68,8 @@ class Inception(nn.Module):
     def __init__(self, inputs: int, outputs: int, kernels: int, shape: str):
         super().__init__()
         checks.choice("convolution", shape, ("within", "across", "inception"))
-        sizes = range(1, 2 * checks.integer("kernels", kernels), 2)
+        checks.integers(kernels=kernels)
+        sizes = range(1, 2 * kernels, 2)
         extents = {"within": lambda s: (1, s), "across": lambda s: (s, 1), "inception": lambda s: (s, s)}[shape]
         self.kernels = nn.ModuleList(nn.Conv2d(inputs, outputs, extents(size), padding="same") for size in sizes)
         for kernel in self.kernels:
@@ -86,7 +86,7 @@ class Inception(nn.Module):
         total = 0
         for kernel in self.kernels:
             down, right = (height - kernel.kernel_size[0]) // 2, (width - kernel.kernel_size[1]) // 2
-            total = total + F.pad(kernel.weight, (right, right, down, down))
+            total = total + F.pad(kernel.weight, (right, right, down, down))  # [outputs, inputs, height, width]
         bias = torch.stack([kernel.bias for kernel in self.kernels]).mean(0)
         return total / len(self.kernels), bias
 
@@ -109,9 +109,21 @@ def one_branch(features: Tensor, period: int, widen: tuple[Tensor, Tensor], narr
     widen, narrow: kernel and bias of the two convolutions, as Inception.merged returns them.
     Source: documented TimesBlock, steps 1 to 3.
     """
-    plane = fold(features, period)  # 1.
-    plane = convolve(F.gelu(convolve(plane, *widen)), *narrow)  # 2.
+    plane = fold(features, period)  # 1. [batch, width, row, column]
+    plane = convolve(F.gelu(convolve(plane, *widen)), *narrow)  # 2. [batch, width, row, column]
     return unfold(plane, features.shape[1])  # 3.
+
+
+def windows_by_period(periods: Tensor) -> list[tuple[int, list[int]]]:
+    """[(period, the windows that have it)], the shortest first; all that a block reads from the device.
+
+    periods: whole numbers [batch, k]; 0 stands for none.
+    """
+    windows: dict[int, list[int]] = {}
+    for window, its_periods in enumerate(periods.tolist()):
+        for period in set(its_periods) - {0}:
+            windows.setdefault(period, []).append(window)
+    return sorted(windows.items())
 
 
 class TimesBlock(nn.Module):
@@ -121,29 +133,33 @@ class TimesBlock(nn.Module):
     Source: documented TimesBlock, steps 1 to 4.
     """
 
-    def __init__(self, width: int, hidden: int, periods: int, kernels: int, convolution: str, per_window: bool):
+    def __init__(self, width: int, hidden: int, top_k: int, kernels: int, convolution: str, per_window: bool):
         super().__init__()
-        self.periods, self.per_window = periods, per_window
+        self.top_k, self.per_window = top_k, per_window
         self.widen = Inception(width, hidden, kernels, convolution)
         self.narrow = Inception(hidden, width, kernels, convolution)
 
+    @torch._disable_dynamo  # the shapes of the planes are in the data; torch.compile looks at what is around the block
     def forward(self, features: Tensor, return_branches: bool = False) -> tuple[Tensor, Tensor | None]:
-        periods, amplitudes = _strongest(features, self.periods, self.per_window)  # 1.
-        weights = amplitudes.softmax(-1)  # 4., [batch, k]
+        periods, amplitudes = _strongest(features, self.top_k, self.per_window)  # 1. [k] or [batch, k]; [batch, k]
+        periods = periods.expand_as(amplitudes)  # [batch, k]
+        weights = amplitudes.softmax(-1)  # 4. [batch, k]
         # A weight this small changes no sum, but its gradient, or the square of it, is denormal: Adam is then ten times
         # slower.
         weights = weights.masked_fill(weights < torch.finfo(weights.dtype).eps ** 2, 0)
         widen, narrow = self.widen.merged(), self.narrow.merged()
         total = torch.zeros_like(features)
         branches = features.new_zeros(*weights.shape, *features.shape[1:]) if return_branches else None
-        for period in periods.unique().tolist():  # equal periods are folded once
-            chosen = (periods == period).expand_as(weights)  # [batch, k]
+        counting = periods if return_branches else periods.where(weights != 0, 0)
+        for period, windows in windows_by_period(counting):  # equal periods are folded once
+            if len(windows) == len(features):
+                branch = one_branch(features, period, widen, narrow)  # 1. to 3. [batch, time, width]
+            else:
+                index = torch.tensor(windows, device=features.device)
+                branch = one_branch(features[index], period, widen, narrow)  # [some windows, time, width]
+                branch = torch.zeros_like(features).index_copy(0, index, branch)  # [batch, time, width]
+            chosen = periods == period  # [batch, k]
             share = (weights * chosen).sum(1)  # [batch]
-            windows = (chosen.any(1) if return_branches else share != 0).nonzero().flatten()  # where it counts
-            if len(windows) == 0:
-                continue
-            branch = one_branch(features[windows], period, widen, narrow)  # 1. to 3.
-            branch = torch.zeros_like(features).index_copy(0, windows, branch)
             total = total + share[:, None, None] * branch  # 4., the weighted sum
             if return_branches:
                 branches = torch.where(chosen[..., None, None], branch[:, None], branches)
@@ -161,9 +177,10 @@ class Output(NamedTuple):
 class TimesNet(nn.Module):
     """Embed the series, extend it to the horizon, refine it by blocks that work on its periods, read the forecast off.
 
-    history, horizon: how many steps it sees and forecasts. variables: how many series there are.
-    periods: k, at most (history + horizon) // 2. width: of the deep features; feed_forward_width: between the two
-    convolutions of a block; layers: blocks. kernels: sizes 1, 3, .., 2 kernels - 1. convolution: as Inception's shape.
+    history, horizon: how many steps it sees and forecasts (elsewhere: seq_len, pred_len). variables: how many series
+    there are. top_k: k, how many periods, at most (history + horizon) // 2. width: of the deep features;
+    feed_forward_width: between the two convolutions of a block; layers: blocks (elsewhere: d_model, d_ff, e_layers).
+    kernels: sizes 1, 3, .., 2 kernels - 1. convolution: as Inception's shape.
     per_window: each window has periods of its own, so that its forecast does not depend on the rest of the batch, as
     it does in the published form. return_frequency_features: fill Output.frequency_features.
     model(history [batch, history, variable]) -> Output. Raises TypeError, ValueError.
@@ -172,12 +189,14 @@ class TimesNet(nn.Module):
     code, without the latter's calendar features.
     """
 
+    documented_needs: ClassVar[dict] = {"return_frequency_features": True}
+
     def __init__(
         self,
         history: int,
         horizon: int,
         variables: int,
-        periods: int = 5,
+        top_k: int = 5,
         width: int = 16,
         feed_forward_width: int = 32,
         layers: int = 2,
@@ -188,41 +207,32 @@ class TimesNet(nn.Module):
         return_frequency_features: bool = False,
     ):
         super().__init__()
-        self.history = checks.integer("history", history)
-        self.horizon = checks.integer("horizon", horizon)
-        self.return_frequency_features = checks.flag("return_frequency_features", return_frequency_features)
+        checks.integers(history=history, horizon=horizon, variables=variables, width=width, layers=layers)
+        checks.integers(feed_forward_width=feed_forward_width)
         time = history + horizon
-        checks.integer("periods", periods, most=time // 2, why=f"the frequencies of history + horizon, {time} steps")
-        checks.integer("feed_forward_width", feed_forward_width)
-        checks.flag("per_window", per_window)
-        self.embedding = nn.Conv1d(
-            checks.integer("variables", variables),
-            checks.integer("width", width),
-            kernel_size=3,
-            padding=1,
-            padding_mode="circular",
-            bias=False,
-        )
+        checks.integer("top_k", top_k, most=time // 2, why=f"the frequencies of history + horizon, {time} steps")
+        checks.flags(per_window=per_window, return_frequency_features=return_frequency_features)
+        self.history, self.horizon, self.return_frequency_features = history, horizon, return_frequency_features
+        self.embedding = nn.Conv1d(variables, width, kernel_size=3, padding=1, padding_mode="circular", bias=False)
         nn.init.kaiming_normal_(self.embedding.weight, nonlinearity="leaky_relu")
         self.dropout = Dropout(dropout)
         self.extension = nn.Linear(history, time)
         self.blocks = nn.ModuleList(
-            TimesBlock(width, feed_forward_width, periods, kernels, convolution, per_window)
-            for _ in range(checks.integer("layers", layers))
+            TimesBlock(width, feed_forward_width, top_k, kernels, convolution, per_window) for _ in range(layers)
         )
         self.norm = nn.LayerNorm(width)
         self.projection = nn.Linear(width, variables)
 
     def forward(self, history: Tensor) -> Output:
         checks.history(history, self.history, self.projection.weight, variables=self.projection.out_features)
-        scaled, mean, std = normalise(history)
+        scaled, mean, std = normalise(history)  # [batch, time, variable]
         features = self.embedding(scaled.mT).mT  # [batch, time, width]
         features = features + sinusoids(*features.shape[1:], features.dtype, features.device)
         features = self.extension(self.dropout(features).mT).mT.contiguous()  # [batch, history + horizon, width]
         for block in self.blocks:
             wanted = self.return_frequency_features and block is self.blocks[-1]
             total, branches = block(features, return_branches=wanted)
-            features = self.norm(features + total)
+            features = self.norm(features + total)  # [batch, history + horizon, width]
         forecast = self.projection(features[:, self.history :])  # [batch, horizon, variable]
         return Output(
             prediction=denormalise(forecast, mean, std),
@@ -240,12 +250,13 @@ def documented_loss(
     target: y, [batch, horizon, variable]. forecast_weight: alpha; smoothness_weight: beta; both at least 0.
     Terms: "forecast" and "smoothness". Raises TypeError, ValueError. Source: the documented loss.
     """
-    checks.forecast(output, target, "frequency_features")
-    checks.frequency_features(output.frequency_features, target)
-    checks.number("forecast_weight", forecast_weight, least=0)
-    checks.number("smoothness_weight", smoothness_weight, least=0)
+    axes = ("batch", "horizon", "period", "feature")
+    checks.forecast(output, target, frequency_features=(axes, "return_frequency_features"))
+    features = output.frequency_features
+    checks.alike("output.frequency_features[..., 0, 0]", features[..., 0, 0], "target[..., 0]", target[..., 0])
+    checks.not_negative(forecast_weight=forecast_weight, smoothness_weight=smoothness_weight)
     windows_and_steps = target.shape[0] * target.shape[1]
-    change = output.frequency_features.diff(dim=1)  # [batch, horizon - 1, k, width]
+    change = features.diff(dim=1)  # [batch, horizon - 1, k, width]
     return LossTerms.of(
         forecast=forecast_weight * F.mse_loss(output.prediction, target, reduction="sum") / windows_and_steps,
         smoothness=smoothness_weight * change.square().sum() / windows_and_steps,

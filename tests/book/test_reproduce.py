@@ -16,6 +16,7 @@ from books import ROOT
 
 from mini_impl import cli
 from mini_impl.finetuning.methods import METHODS
+from mini_impl.forecasting import FORECASTERS, loss_of
 from mini_impl.settings import choose_settings
 
 SCRIPT = ROOT / "book" / "experiments" / "reproduce.py"
@@ -96,9 +97,9 @@ def test_the_methods_make_as_many_updates_of_as_many_sequences(reproduce):
         options = reproduce.options(run)
         seeds.setdefault((run.model, run.label), []).append(options.seed)
         given = choose_settings("--set", options.set, METHODS[options.method, options.loss])
-        sequences = given.get("sequences") or given["prompts"] * given["group"]
+        sequences = given.get("sequences") or given["prompts"] * given["group_size"]
         if run.model != "sft":
-            work.add((options.steps * given.get("updates", 1), sequences))
+            work.add((options.steps * given.get("num_iterations", 1), sequences))
     assert work == {(200, 256)} and set(map(tuple, seeds.values())) == {(0, 1, 2, 3, 4)}
 
 
@@ -111,7 +112,7 @@ def test_curves_are_kept_in_ten_parts(reproduce):
 def test_the_protocol_of_the_terms(reproduce):
     """A grid around the default, with 0; the published loss too; three seeds; nothing else differs within a model."""
     for model, terms in reproduce.TERMS.items():
-        default = inspect.signature(cli.MODELS[model][0].documented_loss).parameters[terms.weight].default
+        default = inspect.signature(loss_of(FORECASTERS[model], "documented")).parameters[terms.weight].default
         assert terms.grid == pytest.approx((0, default / 10, default, 10 * default))
         options = [reproduce.options(run) for run in reproduce.all_runs() if (run.part, run.model) == ("terms", model)]
         weights = {dict(one.weight).get(terms.weight) if one.loss == "documented" else None for one in options}

@@ -7,27 +7,33 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mini_impl.assets import make_base_model
+from mini_impl.assets.make_base_model import SHARES, train_base_model
 from mini_impl.finetuning import arithmetic
 from mini_impl.finetuning.arithmetic import (
     BAD_KINDS,
     BASE_MODEL,
     KINDS,
-    MAX_TOKENS,
-    SHARES,
+    MAX_NEW_TOKENS,
     Problem,
     Tokenizer,
     accuracy,
+    answer,
     base_model,
-    examples,
     kind_of,
     problems,
+    question,
     reward,
-    train_base_model,
 )
 from mini_impl.finetuning.language_model import load_language_model
 from mini_impl.finetuning.sampling import generate
+from mini_impl.finetuning.sft import supervised
 
 PARTS = ("train", "held out")
+
+
+def examples(some):
+    return supervised(list(map(question, some)), list(map(answer, some)), Tokenizer.eos_token_id)
 
 
 def every(part):
@@ -42,14 +48,14 @@ def test_tokens_by_hand():
     assert tokenizer.encode("12+7=") == [1, 2, 10, 7, 11]
     assert tokenizer.decode([1, 9, 10, 0, 11]) == "19+0="
     assert tokenizer.decode([1, 9, 12, 3, 12]) == "19" and tokenizer.decode([12]) == tokenizer.decode([]) == ""
-    assert (tokenizer.stop, tokenizer.vocabulary) == (12, 13)
+    assert (tokenizer.eos_token_id, tokenizer.vocab_size) == (12, 13)
 
 
 @given(st.text("0123456789+="), st.lists(st.integers(0, 12)))
 def test_texts_come_back(text, after):
     tokenizer = Tokenizer()
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.decode([*tokenizer.encode(text), tokenizer.stop, *after]) == text
+    assert tokenizer.decode([*tokenizer.encode(text), tokenizer.eos_token_id, *after]) == text
 
 
 # --- problems ---------------------------------------------------------------------------------------------------------
@@ -126,21 +132,21 @@ def test_the_reward_is_arithmetic(problem, answer):
 
 
 def test_examples_by_hand():
-    tokens, labels, present = examples([Problem("units carry", 8, 5), Problem("no carry", 12, 30)])
+    tokens, labels, attention_mask = examples([Problem("units carry", 8, 5), Problem("no carry", 12, 30)])
     assert tokens.tolist() == [[8, 10, 5, 11, 1, 3, 12, 12], [1, 2, 10, 3, 0, 11, 4, 2]]
     assert labels.tolist() == [[-100, -100, -100, 1, 3, 12, -100, -100], [-100] * 5 + [4, 2, 12]]
-    assert present.tolist() == [[True] * 6 + [False] * 2, [True] * 8]
+    assert attention_mask.tolist() == [[True] * 6 + [False] * 2, [True] * 8]
 
 
 @given(st.lists(st.sampled_from(every("train")), min_size=1, max_size=9))
 def test_labels_are_the_answers(some):
     tokenizer = Tokenizer()
-    tokens, labels, present = examples(some)
-    assert tokens.shape == labels.shape == present.shape and tokens.dtype == labels.dtype == torch.int64
-    for problem, row, label, there in zip(some, tokens, labels, present, strict=True):
+    tokens, labels, attention_mask = examples(some)
+    assert tokens.shape == labels.shape == attention_mask.shape and tokens.dtype == labels.dtype == torch.int64
+    for problem, row, label, there in zip(some, tokens, labels, attention_mask, strict=True):
         whole = problem.prompt + problem.answer
         assert tokenizer.decode(row[there].tolist()) == whole and there.sum() == len(whole)
-        assert label[label >= 0].tolist() == [*tokenizer.encode(problem.answer), tokenizer.stop]
+        assert label[label >= 0].tolist() == [*tokenizer.encode(problem.answer), tokenizer.eos_token_id]
         assert (label >= 0).nonzero()[0, 0] == len(problem.prompt) - 1 and not (label >= 0)[~there].any()
 
 
@@ -148,13 +154,13 @@ def test_labels_are_the_answers(some):
     ("act", "error", "message"),
     [
         (lambda: Tokenizer().encode("1 + 1"), ValueError, "made of '0123456789[+]='; got ' ' in '1 [+] 1'"),
-        (lambda: Tokenizer().encode(12), TypeError, "text must be a string; got 12"),
+        (lambda: Tokenizer().encode(12), TypeError, "text must be a string; got int"),
         (lambda: Tokenizer().decode([13]), ValueError, "a token id must be at most 12; got 13"),
         (lambda: Tokenizer().decode([-1]), ValueError, "a token id must be at least 0"),
         (lambda: Tokenizer().decode([1.0]), TypeError, "a token id must be a whole number"),
         (lambda: problems("hard"), ValueError, "kind must be one of 'one digit', 'no carry', .* got 'hard'"),
         (lambda: problems("no carry", "test"), ValueError, "part must be one of 'train', 'held out'; got 'test'"),
-        (lambda: reward(Problem("one digit", 1, 2), 3), TypeError, "text must be a string; got 3"),
+        (lambda: reward(Problem("one digit", 1, 2), 3), TypeError, "text must be a string; got int"),
         (lambda: train_base_model(0), ValueError, "steps must be at least 1"),
         (lambda: train_base_model(batch=0), ValueError, "batch must be at least 1"),
         (lambda: train_base_model(learning_rate=0), ValueError, "learning_rate must be"),
@@ -181,7 +187,7 @@ def check_bounds(model):
 def test_the_stored_model_fails_on_the_bad_kinds():
     assert BASE_MODEL.stat().st_size < 1.1e6
     model = base_model()
-    assert not model.training and model.settings["vocabulary"] == Tokenizer.vocabulary
+    assert not model.training and model.settings["vocab_size"] == Tokenizer.vocab_size
     check_bounds(model)
     assert base_model() is not model  # to be trained without harm to the next
 
@@ -194,7 +200,7 @@ def test_accuracies_are_those_of_real_answers():
         best, sampled = accuracy(model, some)
         prompts = [tokenizer.encode(problem.prompt) for problem in some]
         for temperature, copies, expected, tolerance in ((0.0, 1, best, 1e-9), (1.0, 10, sampled, 0.03)):
-            rollout = generate(model, prompts * copies, MAX_TOKENS, tokenizer.stop, temperature, seed=1)
+            rollout = generate(model, prompts * copies, MAX_NEW_TOKENS, tokenizer.eos_token_id, temperature, seed=1)
             texts = map(tokenizer.decode, rollout.completion.tolist())
             right = [reward(problem, text) for problem, text in zip(some * copies, texts, strict=True)]
             assert sum(right) / len(right) == pytest.approx(expected, abs=tolerance)
@@ -205,13 +211,15 @@ def test_groups_carry_signal():
     model, tokenizer = base_model(), Tokenizer()
     some = [problem for kind in BAD_KINDS for problem in problems(kind)[::17]]
     prompts = [tokenizer.encode(problem.prompt) for problem in some for _ in range(8)]
-    texts = map(tokenizer.decode, generate(model, prompts, MAX_TOKENS, tokenizer.stop, seed=2).completion.tolist())
+    texts = map(
+        tokenizer.decode, generate(model, prompts, MAX_NEW_TOKENS, tokenizer.eos_token_id, seed=2).completion.tolist()
+    )
     right = torch.tensor([reward(some[i // 8], text) for i, text in enumerate(texts)]).view(-1, 8).sum(1)
     assert ((right > 0) & (right < 8)).double().mean() > 0.5
 
 
 def test_answers_fit():
-    assert max(len(problem.answer) for part in PARTS for problem in every(part)) + 1 < MAX_TOKENS
+    assert max(len(problem.answer) for part in PARTS for problem in every(part)) + 1 < MAX_NEW_TOKENS
     assert sum(SHARES.values()) == pytest.approx(1) and tuple(SHARES) == KINDS
 
 
@@ -230,14 +238,14 @@ def test_training_is_the_same_every_time_and_leaves_no_trace():
 
 def test_training_sees_nothing_that_is_held_out(monkeypatch):
     seen = []
-    monkeypatch.setattr(arithmetic, "examples", lambda some: seen.extend(some) or examples(some))
+    monkeypatch.setattr(make_base_model, "question", lambda problem: seen.append(problem) or question(problem))
     train_base_model(1, batch=2)
     assert set(seen) == set(every("train")) and not set(seen) & set(every("held out"))
 
 
 def test_the_command_writes_a_model(tmp_path, capsys):
     for name in ("a", "b"):
-        arithmetic.main(["--out", str(tmp_path / name), "--steps", "2"])
+        make_base_model.main(["--out", str(tmp_path / name), "--steps", "2"])
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     printed = capsys.readouterr().out
     assert all(kind in printed for kind in KINDS) and "greedily" in printed

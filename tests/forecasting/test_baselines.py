@@ -28,7 +28,7 @@ def test_a_wave_of_that_period_is_forecast_without_error():
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"period": 5}, ValueError, "period must be at most the 4 time steps of history; got 5"),
+        ({"period": 5}, ValueError, "period must be at most 4, the time steps of history; got 5"),
         ({"period": 0}, ValueError, "period must be at least 1"),
         ({"period": 2.0}, TypeError, "period must be a whole number"),
         ({"horizon": 0}, ValueError, "horizon must be at least 1"),

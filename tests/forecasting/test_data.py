@@ -2,11 +2,8 @@
 
 import gzip
 import hashlib
-import http.server
-import threading
 from importlib.resources import files
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,6 +11,7 @@ from hypothesis import strategies as st
 
 from mini_impl.forecasting import data
 from mini_impl.forecasting.data import Scaler, Series, Windows, load_auckland, load_csv, prepare, split
+from tests.tensors import random, same
 
 # --- the embedded series --------------------------------------------------------------------------------------------
 
@@ -97,6 +95,8 @@ def test_what_is_written_is_read(tmp_path_factory, variables, time, with_time, w
         ("时间,流量\n一,2\n二,4\n", ("流量",)),
         ("date,0,OT\n2016-07-01,2,3\n2016-07-02,4,5\n\n\n", ("0", "OT")),  # blank lines at the end do no harm
         ("a\n1e3\n -.5 \n", ("a",)),
+        ("\nwhen,a\n1/7/2016,1\n2/7/2016,2\n", ("a",)),
+        ("when,a\n2016年7月1日,1\n2016年7月2日,2\n", ("a",)),
     ],
 )
 def test_which_column_is_the_time(tmp_path, text, names):
@@ -107,32 +107,33 @@ def test_which_column_is_the_time(tmp_path, text, names):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a,b\n1,2\n3,oil\n", r"series.csv, line 3, column 'b': 'oil' is no finite number"),
-        ("a,b\nx,2\n3,4\n", r"line 2, column 'a': 'x' is no finite number"),  # some numbers: not the time
-        ("a,b\n1,2\n1_000,4\n", r"line 3, column 'a': '1_000'"),
-        ('a,b\n1,2\n"1,5",4\n', r"line 3, column 'a': '1,5'"),
-        ("a,b\n1,2\n3,\n", r"line 3, column 'b': the cell is empty"),
-        ("a,b\n,2\n,4\n", r"line 2, column 'a': the cell is empty"),
-        ("date,b\n1,2\n2,NaN\n", r"line 3, column 'b': 'NaN' is no finite number"),
-        ("a,b\nnan,2\nnan,4\n", r"line 2, column 'a': 'nan'"),
-        ("a,b\n1,2\n3,-inf\n", r"line 3, column 'b': '-inf'"),
-        ("a,b\n1,2\n3,1e39\n", r"line 3, column 'b': '1e39'"),  # infinite as float32
-        ('a,b\n"1\n",2\n3,4\n5,x\n', r"line 5, column 'b': 'x'"),  # a cell over two lines counts as two
+        ("a,b\n1,2\n3,oil\n", r"series.csv, line 3, column 'b': wanted a finite number; got 'oil'"),
+        ("a,b\nx,2\n3,4\n", r"line 2, column 'a': .* got 'x'"),  # some numbers: not the time
+        ("a,b\n1,2\n1_000,4\n", r"line 3, column 'a': .* got '1_000'"),
+        ('visitors,b\n"1,204",12\n"1,310",13\n', r"line 2, column 'visitors': .* got '1,204'"),  # nor is this the time
+        ("a,b\n5 C,1\n6 C,2\n", r"line 2, column 'a': .* got '5 C'"),
+        ("a,b\n1,2\n3,\n", r"line 3, column 'b': .* got ''"),
+        ("a,b\n,2\n,4\n", r"line 2, column 'a': .* got ''"),
+        ("date,b\n1,2\n2,NaN\n", r"line 3, column 'b': .* got 'NaN'"),
+        ("a,b\nnan,2\nnan,4\n", r"line 2, column 'a': .* got 'nan'"),
+        ("a,b\n1,2\n3,-inf\n", r"line 3, column 'b': .* got '-inf'"),
+        ("a,b\n1,2\n3,1e39\n", r"line 3, column 'b': .* got '1e39'"),  # infinite as float32
+        ('a,b\n"1\n",2\n3,4\n5,x\n', r"line 5, column 'b': .* got 'x'"),  # a cell over two lines counts as two
         ("a,b\n1,2\n3\n", r"line 3: 1 cells; the first line names 2 columns"),
         ("a,b\n1,2\n3,4,5\n", r"line 3: 3 cells"),
         ("a,b\n1,2\n\n3,4\n", r"line 3: 0 cells"),
-        ("a,b\n1,2\n", r"series.csv: 1 rows below the column names; a series needs at least 2"),
-        ("a,b\n", r"0 rows"),
+        ("a,b\n1,2\n", r"series.csv must have a line that names the columns and at least 2 below it; got 2"),
         ("a,b\n1,2\n3,2\n", r"column 'b': every row holds 2; a constant cannot be z-scored"),
-        ("a,b,a\n1,2,3\n3,4,5\n", r"line 1, column 3: the name 'a' is given twice"),
-        ("a,,c\n1,2,3\n3,4,5\n", r"line 1, column 2: it has no name"),
-        ("1,2\n3,4\n5,6\n", r"line 1: these are numbers; the first line must name the columns"),
-        ("2016-07-01,2\n2016-07-02,4\n2016-07-03,6\n", r"line 1: these are numbers"),
+        ("a,b,a\n1,2,3\n3,4,5\n", r"line 1: it must give each column a name of its own, .*; got 'a,b,a'"),
+        ("a,,c\n1,2,3\n3,4,5\n", r"line 1: .* got 'a,,c'"),
+        ("1,2\n3,4\n5,6\n", r"line 1: .*; got '1,2'"),
+        ("a;b\n1;2\n3;4\n", r"line 1: .* with commas between; got 'a;b'"),
+        ("2016-07-01,2\n2016-07-02,4\n2016-07-03,6\n", r"line 1: it must give each column a name"),
         ("date\n1\n2\n", r"the only column is the time"),
-        ("", r"series.csv is empty"),
-        ("\n\n", r"is empty"),
-        (b"a,b\n1,2\n3,\xff\n", r"series.csv is no UTF-8 text"),
-        ("a,b\n1,2\n3," + "4" * 140_000 + "\n", r"series.csv, line 3: field larger than"),
+        ("", r"at least 2 below it; got 0"),
+        ("\n\n", r"at least 2 below it; got 0"),
+        (b"a,b\n1,2\n3,\xff\n", r"series.csv must be a CSV file in UTF-8, .* got: 'utf-8' codec"),
+        ("a,b\n1,2\n3," + "4" * 140_000 + "\n", r"series.csv must be a CSV file .* got: field larger than"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_where_it_is(tmp_path, text, words):
@@ -145,14 +146,19 @@ def test_a_broken_gzip_file_is_a_value_error(tmp_path):
     flipped = bytearray(whole)
     flipped[14] ^= 255
     for content in (b"a,b\n1,2\n3,4\n", whole[:20], bytes(flipped), b""):
-        with pytest.raises(ValueError, match=r"series\.csv\.gz is (no whole gzip file|empty)"):
+        with pytest.raises(ValueError, match=r"series\.csv\.gz must (be .* packed by gzip, whole|have a line)"):
             load_csv(write(tmp_path, content, "series.csv.gz"))
 
 
 def test_a_file_that_is_not_there(tmp_path):
     for path in (tmp_path / "none.csv", tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"there is no file .*; wanted the path of a .csv or .csv.gz file"):
+        with pytest.raises(OSError, match=str(path)):
             load_csv(path)
+
+
+def test_gzip_under_another_name(tmp_path):
+    series = load_csv(write(tmp_path, gzip.compress(b"a\n1\n2\n")))
+    assert series.values.flatten().tolist() == [1, 2]
 
 
 # --- split ----------------------------------------------------------------------------------------------------------
@@ -188,11 +194,9 @@ def test_the_numbers_of_windows_of_the_literature():
         ({"lengths": (5, 3)}, TypeError, "lengths must be three whole numbers"),
         ({"lengths": "532"}, TypeError, "lengths must be three whole numbers"),
         ({"lengths": 10}, TypeError, "lengths must be three whole numbers"),
-        ({"history": 6}, ValueError, "history must be at most the 5 rows of the training part; got 6"),
+        ({"history": 6}, ValueError, "history must be at most 5, the rows to train on; got 6"),
         ({"history": 0}, ValueError, "history must be at least 1"),
-        ({"values": torch.zeros(10)}, ValueError, r"values .*\[time, variable\].*\[10\]"),
         ({"values": Series(torch.zeros(10, 1), ("a",))}, TypeError, "values must be a floating-point tensor"),
-        ({"values": np.zeros((10, 1))}, TypeError, "got ndarray"),
     ],
 )
 def test_splits_that_do_not_fit(change, error, words):
@@ -237,16 +241,29 @@ def test_a_constant_variable_is_refused(value):
         Scaler.fit(train)
 
 
+def test_forecasts_of_some_variables_go_back_too():
+    values = random(40, 3) * 7 + 2
+    for endogenous in (0, -1, (2, 0), None):
+        *_, test, scaler = prepare(values, (20, 10, 10), history=4, horizon=3, endogenous=endogenous)
+        columns = range(3) if test.endogenous is None else test.endogenous
+        _, target = test[:]
+        same(scaler.invert(target, test.endogenous)[:, 0], values[30:38, list(columns)])
+
+
 def test_what_a_scaler_cannot_take():
     scaler = Scaler.fit(torch.randn(20, 2))
-    with pytest.raises(ValueError, match=r"fitted on 2 variables; got shape \[4, 1\]"):
+    with pytest.raises(ValueError, match=r"values must be of 2 variables; got shape \[4, 1\]"):
         scaler.apply(torch.zeros(4, 1))
-    with pytest.raises(ValueError, match="fitted on 2 variables"):
-        scaler.invert(torch.zeros(3))
+    with pytest.raises(ValueError, match=r"scores must be of 1 variables; got shape \[2\]"):
+        scaler.invert(torch.zeros(2), variables=1)
+    with pytest.raises(ValueError, match="variables must be an index from -2 to 1"):
+        scaler.invert(torch.zeros(1), variables=2)
     with pytest.raises(ValueError, match=r"scores .* 1 of its 2 are NaN"):
         scaler.invert(torch.tensor([0.0, torch.nan]))
     with pytest.raises(TypeError, match="train must be a floating-point tensor"):
         Scaler.fit([[1.0], [2.0]])
+    with pytest.raises(ValueError, match="train must hold finite numbers only; 1 of its 2 are NaN"):
+        Scaler.fit(torch.tensor([[1.0], [torch.nan]]))
 
 
 # --- windows --------------------------------------------------------------------------------------------------------
@@ -276,11 +293,10 @@ def test_windows_are_slices(history, horizon, more, variables, draw):
             windows[outside]
 
 
-def test_windows_keep_what_they_were_made_of_and_move():
+def test_windows_keep_what_they_were_made_of_and_move(device):
     values = torch.randn(10, 2)
     windows = Windows(values, history=4, horizon=3)
-    assert windows.values is values and (windows.history, windows.horizon) == (4, 3)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert windows.values is values and windows.form == (4, 3, None)
     moved = windows.to(device)
     assert moved[0][0].device.type == device and torch.equal(moved[2][1].cpu(), windows[2][1])
 
@@ -316,7 +332,7 @@ def test_prepare_scales_all_variables_and_asks_for_some():
         ({"endogenous": (0, -1)}, ValueError, "several that differ; got \\(0, -1\\)"),
         ({"endogenous": ()}, ValueError, "endogenous must be an index"),
         ({"endogenous": True}, TypeError, "endogenous must be an index"),
-        ({"horizon": 8}, ValueError, "values has 10 rows; one window of history 3 and horizon 8 needs 11"),
+        ({"horizon": 8}, ValueError, "the rows of values, for one window of 3 -> 8 steps, must be at least 11; got 10"),
         ({"horizon": 0}, ValueError, "horizon must be at least 1"),
         ({"history": True}, TypeError, "history must be a whole number"),
         ({"values": torch.zeros(10)}, ValueError, r"values .*\[time, variable\]"),
@@ -329,118 +345,29 @@ def test_windows_that_do_not_fit(change, error, words):
         Windows(**arguments)
 
 
-# --- ETT ------------------------------------------------------------------------------------------------------------
-
-CONTENT = b"date,HUFL,OT\n2016-07-01 00:00:00,5.8,30.5\n2016-07-01 01:00:00,5.7,27.8\n"
-
-
-@pytest.fixture
-def ett(tmp_path, monkeypatch):
-    """A small file in the place of ETTh1, an empty cache folder, and a server of our own that counts its requests."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            requests.append(self.path)
-            self.send_response(200 if self.path == "/ETTh1.csv" else 404)
-            self.send_header("Content-Length", str(len(answer[0]) + answer[1]))
-            self.end_headers()
-            self.wfile.write(answer[0])
-
-        def log_message(self, *arguments):
-            pass
-
-    requests, answer = [], [CONTENT, 0]  # what it sends, and how many bytes more it promises
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    monkeypatch.setattr(data, "ETT_URL", f"http://127.0.0.1:{server.server_port}/{{name}}.csv")
-    monkeypatch.setattr(data, "ETT_SHA256", {"ETTh1": hashlib.sha256(CONTENT).hexdigest(), "ETTh2": "0" * 64})
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.delenv("MINI_IMPL_DATA", raising=False)
-    yield requests, answer
-    server.shutdown()
-    server.server_close()
-
-
-def test_it_is_downloaded_once(ett, tmp_path):
-    requests, _ = ett
-    path = data.download_ett("ETTh1")
-    assert path == tmp_path / "cache" / "mini_impl" / "ETTh1.csv" and path.read_bytes() == CONTENT
-    assert data.download_ett() == path and requests == ["/ETTh1.csv"]
-    assert load_csv(path).names == ("HUFL", "OT")
-    path.write_bytes(b"half of")  # a broken copy is fetched again
-    assert data.download_ett() == path and path.read_bytes() == CONTENT and len(requests) == 2
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_a_wrong_or_cut_answer_leaves_nothing_on_disk(ett, tmp_path):
-    _, answer = ett
-    answer[:] = [b"something else", 0]
-    with pytest.raises(ValueError, match=r"is not ETTh1.csv as published: its sha256 is"):
-        data.download_ett()
-    answer[:] = [CONTENT, 10]
-    with pytest.raises(ConnectionError, match="could not download"):
-        data.download_ett()
-    with pytest.raises(ConnectionError, match="404"):
-        data.download_ett("ETTh2")
-    assert not list(tmp_path.rglob("*.csv"))
-
-
-def test_without_a_network_it_says_what_to_do(ett, monkeypatch):
-    monkeypatch.setattr(data, "ETT_URL", "http://127.0.0.1:1/{name}.csv")
-    with pytest.raises(
-        ConnectionError, match="set the environment variable MINI_IMPL_DATA to that file or to the folder"
-    ):
-        data.download_ett()
-
-
-def test_a_copy_of_ones_own(ett, tmp_path, monkeypatch):
-    requests, _ = ett
-    path = tmp_path / "ETTh1.csv"
-    for given_path in (path, tmp_path):
-        monkeypatch.setenv("MINI_IMPL_DATA", str(given_path))
-        path.unlink(missing_ok=True)
-        with pytest.raises(FileNotFoundError, match=r"MINI_IMPL_DATA is .* but there is no file"):
-            data.download_ett()
-        path.write_bytes(CONTENT)
-        assert data.download_ett() == path
-        path.write_bytes(CONTENT + b"\n")
-        with pytest.raises(ValueError, match=r"is not ETTh1.csv as published"):
-            data.download_ett()
-    assert not requests
-
-
-def test_other_names_are_refused():
-    with pytest.raises(ValueError, match="name must be one of 'ETTh1', 'ETTh2'; got 'ETTm1'"):
-        data.download_ett("ETTm1")
-
-
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("lengths", "part"),
     [
-        ('visitors,temperature\n"1,204",12\n"1,310",13\n', "line 2, column 'visitors': '1,204' is no finite number"),
-        ("a,b\nNA,1\nNA,2\n", "line 2, column 'a': 'NA'"),
-        ("a,b\n5 C,1\n6 C,2\n", "line 2, column 'a': '5 C'"),
-        ("a;b\n1;2\n3;4\n", "columns must be separated by commas; got 'a;b'"),
+        ((6, 8, 8), r"lengths\[0\], the training part"),
+        ((9, 2, 5), r"\[1\], the validation part"),
+        ((9, 5, 2), "the test part"),
     ],
 )
-def test_a_column_of_data_is_never_taken_for_the_time(tmp_path, text, says):
-    path = tmp_path / "series.csv"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=says):
-        load_csv(path)
+def test_parts_without_a_window_are_named(lengths, part):
+    with pytest.raises(ValueError, match=f"{part} of windows of 4 -> 3 steps, must be at least .*; got {min(lengths)}"):
+        prepare(random(30, 2), lengths, history=4, horizon=3)
 
 
-@pytest.mark.parametrize("time", ["2016-07-01 00:00", "1/7/2016", "07:30", "2016年7月1日"])
-def test_a_first_column_that_looks_like_a_time_is_left_out(tmp_path, time):
-    path = tmp_path / "series.csv"
-    path.write_text(f"\nwhen,a\n{time},1\n{time},2\n", encoding="utf-8")
-    assert load_csv(path).names == ("a",)
+# --- ETT ------------------------------------------------------------------------------------------------------------
 
 
-def test_gzip_under_another_name(tmp_path):
-    import gzip
-
-    path = tmp_path / "series.csv"
-    path.write_bytes(gzip.compress(b"a\n1\n2\n"))
-    assert load_csv(path).values.flatten().tolist() == [1, 2]
+def test_ett_is_checked_by_what_was_published(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINI_IMPL_DATA", str(tmp_path))
+    path = tmp_path / "ETTh2.csv"
+    path.write_bytes(b"date,HUFL,OT\n1,2,3\n")
+    with pytest.raises(ValueError, match=r"is not ETTh2.csv as published: its sha256 is .*, not a3dc2c59"):
+        data.download_ett("ETTh2")
+    monkeypatch.setitem(data.ETT_SHA256, "ETTh2", hashlib.sha256(path.read_bytes()).hexdigest())
+    assert data.download_ett("ETTh2") == path
+    with pytest.raises(ValueError, match="name must be one of 'ETTh1', 'ETTh2'; got 'ETTm1'"):
+        data.download_ett("ETTm1")

@@ -11,14 +11,10 @@ from hypothesis import strategies as st
 
 from mini_impl.forecasting.dlinear import DLinear, Output, closed_form, decompose, documented_loss, published_loss
 from mini_impl.forecasting.layers import half_weighted, moving_average, weighted_average
-from mini_impl.losses import LossTerms, NonFiniteLoss
+from mini_impl.losses import NonFiniteLoss
+from tests.tensors import random
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dlinear.json"
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-
-
-def random(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def averaging_matrix(time, size):
@@ -112,25 +108,6 @@ def test_only_constants_are_lost_on_the_seasonal_branch():
         singular = np.linalg.svd(rest, compute_uv=False)
         assert singular[-1] < 1e-12 < 1e-4 < singular[-2]
         assert np.abs(rest @ np.ones(time)).max() < 1e-12
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_shapes_dtypes_devices(device):
-    model = DLinear(history=30, horizon=7, kernel_size=5).to(device)
-    output = model(torch.randn(4, 30, 3, device=device))
-    loss = documented_loss(output, torch.randn(4, 7, 3, device=device), trend_weight=0.5)
-    loss.total.backward()
-    assert output.prediction.shape == output.trend.shape == (4, 7, 3)
-    assert loss.total.device.type == device and loss.total.dtype == torch.float32
-    assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters())
-
-
-@pytest.mark.parametrize("device", [device for device in DEVICES if device != "cpu"])
-def test_devices_agree_with_the_cpu(device):
-    model, history = DLinear(history=30, horizon=7, kernel_size=5), random(4, 30, 3, dtype=torch.float32)
-    here = model(history).prediction
-    there = model.to(device)(history.to(device)).prediction.cpu()
-    torch.testing.assert_close(here, there, rtol=1e-5, atol=1e-5)
 
 
 def test_parity_with_another_implementation():
@@ -285,55 +262,24 @@ GOOD = torch.zeros(2, 10, 3)
         (lambda: decompose(GOOD, 2.5), TypeError, "kernel_size must be a whole number.*got 2.5"),
         (lambda: decompose(GOOD[0], 3), ValueError, r"series.*\[batch, time, variable\].*got shape \[10, 3\]"),
         (lambda: decompose(GOOD.long(), 3), TypeError, "series.*got dtype torch.int64"),
-        (lambda: decompose(GOOD.numpy(), 3), TypeError, "series.*got ndarray"),
         (lambda: decompose(GOOD / 0, 3), ValueError, "series.*60 of its 60 are NaN"),
-        (lambda: decompose(GOOD[:0], 3), ValueError, r"series.*no axis empty.*\[0, 10, 3\]"),
-        (lambda: half_weighted(7), ValueError, "period must be even; got 7"),
+        (lambda: half_weighted(7), ValueError, "period must be a multiple of 2; got 7"),
         (lambda: weighted_average(GOOD, torch.ones(4)), ValueError, "number of weights must be odd"),
         (lambda: weighted_average(GOOD, torch.ones(11)), ValueError, "number of weights must be at most 10,.*got 11"),
-        (lambda: DLinear(history=0, horizon=3), ValueError, "history must be at least 1; got 0"),
-        (lambda: DLinear(history=96, horizon=0), ValueError, "horizon must be at least 1; got 0"),
+        (lambda: weighted_average(GOOD, [1.0]), TypeError, r"weights must be a floating-point tensor.*got list"),
+        (lambda: weighted_average(GOOD, torch.ones(1) / 0), ValueError, "weights must hold finite numbers only"),
+        (lambda: weighted_average(GOOD / 0, torch.ones(1)), ValueError, "series.*NaN"),
         (lambda: DLinear(history=20, horizon=3), ValueError, "kernel_size must be at most 20,.*got 25"),
-        (lambda: DLinear(history=96, horizon=True), TypeError, "horizon must be a whole number.*got True"),
-        (lambda: DLinear(10, 3, 5)(GOOD[:, 1:]), ValueError, r"history must have 10 time steps.*\[2, 9, 3\]"),
-        (
-            lambda: DLinear(10, 3, 5)(GOOD.double()),
-            TypeError,
-            "history must have the dtype.*float32; got torch.float64",
-        ),
-        (lambda: DLinear(10, 3, 5)(GOOD.to("meta")), ValueError, "history must be on the device.*cpu; got meta"),
-        (lambda: DLinear(10, 3, 5)(GOOD / 0), ValueError, "history.*NaN"),
-        (lambda: documented_loss(GOOD, GOOD, 1.0), TypeError, "output must be.*got torch.Tensor"),
-        (lambda: documented_loss(Output(GOOD, GOOD), GOOD[:, 1:], 1.0), ValueError, "output.prediction and target"),
-        (lambda: documented_loss(Output(GOOD, GOOD[:1]), GOOD, 1.0), ValueError, "output.trend and target"),
-        (lambda: documented_loss(Output(GOOD, GOOD), GOOD.double(), 1.0), TypeError, "one dtype"),
-        (lambda: documented_loss(Output(GOOD, GOOD), GOOD, -1.0), ValueError, "trend_weight.*at least 0; got -1"),
-        (lambda: documented_loss(Output(GOOD, GOOD), GOOD, float("nan")), ValueError, "trend_weight.*got nan"),
-        (lambda: documented_loss(Output(GOOD, GOOD), GOOD, "1"), TypeError, "trend_weight.*got '1'"),
-        (lambda: documented_loss(Output(GOOD, GOOD), GOOD / 0, 1.0), ValueError, "target.*NaN"),
-        (lambda: documented_loss(Output(GOOD, GOOD / 0), GOOD, 1.0), NonFiniteLoss, "term 'trend'.*nan"),
-        (lambda: published_loss(Output(GOOD / 0, GOOD), GOOD), NonFiniteLoss, "term 'forecast'.*nan"),
-        (lambda: closed_form(GOOD, GOOD[:1], 5), ValueError, "history and target must have the same windows"),
+        (lambda: documented_loss(Output(GOOD, GOOD[:1]), GOOD), ValueError, "output.trend and target"),
+        (lambda: documented_loss(Output(GOOD, GOOD / 0), GOOD).values(), NonFiniteLoss, "term 'trend'.*nan"),
+        (lambda: closed_form(GOOD.tolist(), GOOD, 5), TypeError, "history must be a floating-point tensor.*got list"),
+        (lambda: closed_form(GOOD / 0, GOOD, 5), ValueError, "history must hold finite numbers"),
+        (lambda: closed_form(GOOD, GOOD / 0, 5), ValueError, "target must hold finite numbers"),
+        (lambda: closed_form(GOOD, GOOD[:1], 5), ValueError, r"history\[:, 0\] and target\[:, 0\] must have one shape"),
+        (lambda: closed_form(GOOD, GOOD[:, :, :1], 5), ValueError, r"one shape; got \[2, 3\] and \[2, 1\]"),
         (lambda: closed_form(GOOD, GOOD, 5, -1), ValueError, "trend_weight"),
-        (lambda: closed_form(GOOD, GOOD[:, :, :1], 5), ValueError, "same windows.*variables"),
     ],
 )
 def test_bad_input_is_named(call, error, says):
     with pytest.raises(error, match=says):
         call()
-
-
-@given(st.integers(0, 10**6), st.sampled_from([float("nan"), float("inf"), -float("inf")]))
-def test_no_silent_nan(seed, bad):
-    model = DLinear(history=12, horizon=3, kernel_size=5)
-    history = random(2, 12, 2, seed=seed, dtype=torch.float32)
-    history.view(-1)[seed % history.numel()] = bad
-    with pytest.raises(ValueError, match="history"):
-        model(history)
-
-
-def test_loss_terms_is_what_every_loss_returns():
-    loss = documented_loss(Output(GOOD, GOOD), GOOD + 1, 2.0)
-    assert isinstance(loss, LossTerms)
-    total, terms = loss
-    assert total.item() == pytest.approx(sum(term.item() for term in terms.values()))

@@ -23,13 +23,9 @@ from mini_impl.forecasting.layers import (
     patches,
     sinusoids,
 )
+from tests.tensors import random
 
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
 CPU = torch.device("cpu")
-
-
-def random(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def seeded(make, seed=0):
@@ -162,7 +158,7 @@ def test_sinusoids_first_met_in_inference_serve_in_training():
 # --- attention --------------------------------------------------------------------------------------------------------
 
 
-def numpy_attention(module, tokens, context=None, present=None):
+def numpy_attention(module, tokens, context=None, attention_mask=None):
     """Window by window, head by head, from the definition."""
     weight, bias = module.projection.weight.detach().numpy(), module.projection.bias.detach().numpy()
     tokens = tokens.detach().numpy()
@@ -175,8 +171,8 @@ def numpy_attention(module, tokens, context=None, present=None):
             query = tokens[window] @ weight[rows[0]].T + bias[rows[0]]
             key, value = (context[window] @ weight[row].T + bias[row] for row in rows[1:])
             scores = np.exp(query @ key.T / d**0.5)
-            if present is not None:
-                scores = scores * present[window].numpy()
+            if attention_mask is not None:
+                scores = scores * attention_mask[window].numpy()
             maps.append(scores / scores.sum(1, keepdims=True))
             mixed[window, :, head * d : (head + 1) * d] = maps[-1] @ value
     mixed = mixed @ module.output.weight.detach().numpy().T + module.output.bias.detach().numpy()
@@ -192,16 +188,16 @@ def test_attention_against_numpy(case, crossed, masked, seed):
     attention = seeded(lambda: Attention(heads * features, heads), seed)
     tokens = 2 * random(batch, queries, heads * features, seed=seed)
     context = 2 * random(batch, keys, heads * features, seed=seed + 1) if crossed else None
-    present = None
+    attention_mask = None
     if masked:
-        present = random(batch, keys if crossed else queries, seed=seed + 2) > 0
-        present[:, seed % present.shape[1]] = True
-    expected, expected_map = numpy_attention(attention, tokens, context, present)
-    mixed, weights = attention(tokens, context, present, return_map=True)
+        attention_mask = random(batch, keys if crossed else queries, seed=seed + 2) > 0
+        attention_mask[:, seed % attention_mask.shape[1]] = True
+    expected, expected_map = numpy_attention(attention, tokens, context, attention_mask)
+    mixed, weights = attention(tokens, context, attention_mask, return_map=True)
     np.testing.assert_allclose(mixed.detach().numpy(), expected, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(weights.detach().numpy(), expected_map, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
-    fused, no_map = attention(tokens, context, present)
+    fused, no_map = attention(tokens, context, attention_mask)
     assert no_map is None
     np.testing.assert_allclose(fused.detach().numpy(), expected, rtol=1e-9, atol=1e-12)
 
@@ -213,10 +209,10 @@ def test_attention_against_torch(crossed):
     theirs.in_proj_weight.data, theirs.in_proj_bias.data = ours.projection.weight.data, ours.projection.bias.data
     theirs.out_proj.load_state_dict(ours.output.state_dict())
     tokens, context = random(4, 5, 12), random(4, 7, 12, seed=1)
-    present = random(4, 7 if crossed else 5, seed=2) > -0.5
-    assert present.any(1).all() and not present.all()
+    attention_mask = random(4, 7 if crossed else 5, seed=2) > -0.5
+    assert attention_mask.any(1).all() and not attention_mask.all()
     keys = context if crossed else tokens
-    for there in (None, present):
+    for there in (None, attention_mask):
         expected, expected_map = theirs(
             tokens, keys, keys, None if there is None else ~there, average_attn_weights=False
         )
@@ -227,10 +223,10 @@ def test_attention_against_torch(crossed):
 
 def test_with_and_without_the_map_gradients_agree():
     attention, tokens = seeded(lambda: Attention(8, 2)), random(3, 4, 8).requires_grad_()
-    present = torch.tensor([[True, True, False, True]] * 3)
+    attention_mask = torch.tensor([[True, True, False, True]] * 3)
     gradients = []
     for return_map in (False, True):
-        loss = attention(tokens, present=present, return_map=return_map)[0].square().sum()
+        loss = attention(tokens, attention_mask=attention_mask, return_map=return_map)[0].square().sum()
         gradients.append(torch.autograd.grad(loss, [tokens, *attention.parameters()]))
     for fused, plain in zip(*gradients, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-10, atol=1e-12)
@@ -240,12 +236,12 @@ def test_with_and_without_the_map_gradients_agree():
 def test_gradients_of_attention(return_map):
     attention = seeded(lambda: Attention(4, 2))
     tokens, context = random(2, 2, 4).requires_grad_(), random(2, 3, 4, seed=1).requires_grad_()
-    present = torch.tensor([[True, False, True], [True, True, True]])
+    attention_mask = torch.tensor([[True, False, True], [True, True, True]])
     weight, bias = attention.projection.weight, attention.projection.bias
 
     def run(tokens, context, weight, bias):
         values = {"projection.weight": weight, "projection.bias": bias}
-        mixed, weights = torch.func.functional_call(attention, values, (tokens, context, present, return_map))
+        mixed, weights = torch.func.functional_call(attention, values, (tokens, context, attention_mask, return_map))
         return (mixed, weights) if return_map else mixed
 
     assert torch.autograd.gradcheck(run, (tokens, context, weight, bias))
@@ -255,17 +251,17 @@ def test_gradients_of_attention(return_map):
 def test_an_absent_key_changes_nothing(return_map):
     attention = seeded(lambda: Attention(8, 2))
     tokens, context = random(2, 3, 8), random(2, 5, 8, seed=1)
-    present = torch.tensor([[True, True, False, True, False], [True] * 5])
+    attention_mask = torch.tensor([[True, True, False, True, False], [True] * 5])
     other = context.clone()
     other[0, 2], other[0, 4] = 1e3, -1e3
-    mixed, weights = attention(tokens, context, present, return_map)
-    again, _ = attention(tokens, other, present, return_map)
+    mixed, weights = attention(tokens, context, attention_mask, return_map)
+    again, _ = attention(tokens, other, attention_mask, return_map)
     assert torch.equal(mixed, again)
-    without, _ = attention(tokens[:1], context[:1, present[0]], None, return_map)
+    without, _ = attention(tokens[:1], context[:1, attention_mask[0]], None, return_map)
     torch.testing.assert_close(mixed[:1], without, rtol=1e-12, atol=1e-12)  # as if they were not there at all
     if return_map:
-        assert not weights[0, ..., ~present[0]].any()
-    everyone, _ = attention(tokens, context, torch.ones_like(present), return_map)
+        assert not weights[0, ..., ~attention_mask[0]].any()
+    everyone, _ = attention(tokens, context, torch.ones_like(attention_mask), return_map)
     torch.testing.assert_close(everyone, attention(tokens, context)[0], rtol=1e-12, atol=1e-12)
 
 
@@ -309,7 +305,6 @@ def test_dropout_drops_its_share_and_keeps_the_mean(rate):
         assert abs(correlation) < 4 / values.numel() ** 0.5
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_dropout_of_every_dtype_shape_and_device(device, dtype):
     if device == "mps" and dtype == torch.float64:
@@ -412,18 +407,6 @@ def test_dropout_in_training_only():
     assert torch.equal(block(tokens)[0], block(tokens)[0])
 
 
-@pytest.mark.parametrize("device", [device for device in DEVICES if device != "cpu"])
-def test_devices_agree_with_the_cpu(device):
-    torch.manual_seed(0)
-    block, tokens = EncoderBlock(16, 4, 32, dropout=0.1).eval(), random(5, 6, 16, dtype=torch.float32)
-    expected, expected_map = block(tokens, return_map=True)
-    fused, _ = block.to(device)(tokens.to(device))
-    mapped, weights = block(tokens.to(device), return_map=True)
-    for got, want in [(fused, expected), (mapped, expected), (weights, expected_map)]:
-        torch.testing.assert_close(got.cpu(), want, rtol=1e-4, atol=1e-5)
-    assert sinusoids(9, 6, torch.float32, torch.device(device)).device.type == device
-
-
 @pytest.mark.parametrize(
     ("call", "error", "says"),
     [
@@ -432,14 +415,16 @@ def test_devices_agree_with_the_cpu(device):
         (lambda: patches(torch.zeros(2, 10), 2.0, 1), TypeError, "patch_length must be a whole number.*got 2.0"),
         (lambda: patches(torch.zeros(2, 10), 4, 0), ValueError, "stride must be at least 1; got 0"),
         (lambda: patches(torch.zeros(2, 10), 4, 5), ValueError, "stride must be at most 4, the patch_length.*got 5"),
-        (lambda: patches(torch.zeros(2, 10), 4, 4), ValueError, "10 time steps cannot.*of 4, 4 apart: the last 2 "),
+        (
+            lambda: patches(torch.zeros(2, 10), 4, 4),
+            ValueError,
+            "of 4, 4 apart, would leave out the last 2 of 10 steps",
+        ),
         (lambda: Attention(10, 4), ValueError, "width must be a multiple of heads; got 10 and 4"),
         (lambda: Attention(10, 0), ValueError, "heads must be at least 1; got 0"),
         (lambda: Attention(0, 1), ValueError, "width must be at least 1; got 0"),
-        (lambda: Dropout(1.0), ValueError, "dropout must be less than 1; got 1.0"),
-        (lambda: Dropout(-0.1), ValueError, "dropout must be a finite number of at least 0; got -0.1"),
-        (lambda: feed_forward(4, 8, 1.5), ValueError, "dropout must be less than 1; got 1.5"),
-        (lambda: EncoderBlock(10, 3, 8, 0.0), ValueError, "width must be a multiple of heads; got 10 and 3"),
+        (lambda: Dropout(1.0), ValueError, "dropout must be a finite number of at least 0 and less than 1; got 1.0"),
+        (lambda: feed_forward(4, 0, 0.5), ValueError, "feed_forward_width must be at least 1; got 0"),
     ],
 )
 def test_bad_input_is_named(call, error, says):
@@ -469,22 +454,6 @@ def test_a_variable_without_a_value_counts_as_constant():
     torch.testing.assert_close(scaled[..., 1:], normalise(series[..., 1:])[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1,), (7,), (40, 33)])
-def test_dropout_keeps_or_scales(dtype, shape):
-    torch.manual_seed(0)
-    values = torch.ones(shape, dtype=dtype, requires_grad=True)
-    dropped = Dropout(0.3)(values)
-    kept = torch.tensor(65536 / (65536 - round(0.3 * 65536)), dtype=dtype)
-    assert set(dropped.flatten().tolist()) <= {0.0, kept.item()}
-    dropped.sum().backward()
-    torch.testing.assert_close(values.grad, dropped.detach(), rtol=0, atol=0)
-
-
-def test_a_rate_next_to_1_stays_finite():
-    assert torch.isfinite(Dropout(1 - 1e-9)(torch.ones(1000))).all()
-
-
 def test_dropout_compiles_whole():
     torch.manual_seed(0)
     dropped = torch.compile(Dropout(0.3), backend="aot_eager", fullgraph=True)(torch.ones(1000))
@@ -512,10 +481,10 @@ def test_attention_is_the_same_with_few_keys_and_with_many(keys, padded):
     attention = Attention(8, 2).double()
     context = torch.randn(3, keys, 8, dtype=torch.float64, requires_grad=True)
     tokens = torch.randn(3, 6, 8, dtype=torch.float64)
-    present = torch.arange(keys) < torch.tensor([[keys], [1], [2]]) if padded else None
+    attention_mask = torch.arange(keys) < torch.tensor([[keys], [1], [2]]) if padded else None
     found = []
     for asked in (True, False):
-        mixed, weights = attention(tokens, context, present, return_map=asked)
+        mixed, weights = attention(tokens, context, attention_mask, return_map=asked)
         assert (weights is not None) == asked
         found.append((mixed, *torch.autograd.grad(mixed.square().sum(), context)))
     for one, other in zip(*found, strict=True):

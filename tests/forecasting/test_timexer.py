@@ -2,8 +2,6 @@
 
 import json
 import math
-import shutil
-import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mini_impl.checkpoint import load_checkpoint, save_checkpoint
 from mini_impl.forecasting.data import Windows
 from mini_impl.forecasting.layers import normalise
 from mini_impl.forecasting.timexer import Output, TimeXer, documented_loss, published_loss
 from mini_impl.forecasting.train import fit
-from mini_impl.losses import LossTerms, NonFiniteLoss
+from mini_impl.losses import NonFiniteLoss
+from tests.tensors import random, same
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "timexer.json"
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-COMPILER = (
-    any(map(shutil.which, ("c++", "g++", "clang++"))) and Path(sysconfig.get_path("include"), "Python.h").exists()
-)
 SMALL = {
     "history": 12,
     "horizon": 5,
@@ -34,10 +28,6 @@ SMALL = {
     "layers": 2,
     "feed_forward_width": 6,
 }
-
-
-def random(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def small(seed=0, **changes):
@@ -193,8 +183,8 @@ def test_documented_steps_and_their_shapes(variable_token):
     assert tokens.shape == (3, 1, 12 // 4 + 1, 8)
     _, grid = model.layers[0].self_attention(tokens[:, 0], return_map=True)  # 2. (N + 1) x (N + 1)
     assert grid.shape == (3, 2, 4, 4)
-    others, present = model.embed_exogenous(scaled[..., :3], None, None)  # 3. C variable tokens, a 1 x C grid
-    assert others.shape == (3, 3, 8) and present is None
+    others, attention_mask = model.embed_exogenous(scaled[..., :3], None, None)  # 3. C variable tokens, a 1 x C grid
+    assert others.shape == (3, 3, 8) and attention_mask is None
     maps = []
     for layer in model.layers:
         tokens, attention = layer(tokens, others, None, True)
@@ -407,8 +397,8 @@ def test_a_single_value_or_a_constant_tell_nothing():
     beside = torch.full((1, 12, 2), 7.0, dtype=torch.float64)
     observed = torch.ones_like(beside, dtype=torch.bool)
     observed[0, :-1, 0] = False
-    tokens, present = model.embed_exogenous(torch.zeros(1, 12, 0, dtype=torch.float64), beside, observed)
-    assert present.all()
+    tokens, attention_mask = model.embed_exogenous(torch.zeros(1, 12, 0, dtype=torch.float64), beside, observed)
+    assert attention_mask.all()
     torch.testing.assert_close(tokens, model.exogenous_embedding.bias.expand(1, 2, 8))
 
 
@@ -463,75 +453,29 @@ def test_another_level_and_unit_move_the_forecast_alike():
     torch.testing.assert_close((moved - level) / unit, model(history).prediction, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("variable_token", ["series", "learned"])
-@pytest.mark.parametrize("form", ["maps", "projections"])
-def test_shapes_dtypes_devices(device, variable_token, form):
-    torch.manual_seed(0)
-    changes = {"endogenous": -1, "variable_token": variable_token, "return_attention": True, "attention_form": form}
-    model = TimeXer(**SMALL, **changes).to(device)
-    beside = torch.randn(2, 7, 2, device=device)
-    output = model(torch.randn(2, 12, 4, device=device), beside, beside > -1)
-    loss = documented_loss(output, torch.randn(2, 5, 1, device=device), orthogonality_weight=0.5)
-    loss.total.backward()
-    assert output.prediction.shape == (2, 5, 1)
-    assert loss.total.device.type == device and loss.total.dtype == torch.float32
-    assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters())
-
-
-@pytest.mark.parametrize("device", [device for device in DEVICES if device != "cpu"])
-@pytest.mark.parametrize("return_attention", [True, False])
-def test_devices_agree_with_the_cpu(device, return_attention):
-    model, history = small(return_attention=return_attention).float(), random(4, 12, 4, dtype=torch.float32)
-    beside, observed = random(4, 9, 3, dtype=torch.float32), random(4, 9, 3, seed=1) > 0
+def beside(device):
+    """Three series beside the history, one of them without a value in the third window, and their mask."""
+    observed = random(4, 9, 3, seed=1) > 0
     observed[2, :, 1] = False
-    here = model(history, beside, observed)
-    there = model.to(device)(history.to(device), beside.to(device), observed.to(device))
-    torch.testing.assert_close(here.prediction, there.prediction.cpu(), rtol=1e-4, atol=1e-4)
-    for ours, theirs in zip(here.cross_attention or (), there.cross_attention or (), strict=True):
-        torch.testing.assert_close(ours, theirs.cpu(), rtol=1e-4, atol=1e-4)
+    return random(4, 9, 3).to(device), observed.to(device)
 
 
-def test_dropout_is_for_training_only():
-    model, history = small(dropout=0.5), random(2, 12, 4)
-    assert torch.equal(model(history).prediction, model(history).prediction)
-    model.train()
-    assert not torch.equal(model(history).prediction, model(history).prediction)
+def test_exogenous_series_on_every_device(device):
+    model, history = small().float(), random(4, 12, 4, dtype=torch.float32)
+    more, observed = beside("cpu")
+    here = model(history, more.float(), observed)
+    there = model.to(device)(history.to(device), more.float().to(device), observed.to(device))
+    same(there.prediction.cpu(), here.prediction, tolerance=1e-4)
+    same([map.cpu() for map in there.cross_attention], list(here.cross_attention), tolerance=1e-4)
 
 
-@pytest.mark.parametrize("variable_token", ["series", "learned"])
-def test_saved_and_loaded(tmp_path, variable_token):
-    model, history = small(variable_token=variable_token), random(2, 12, 4)
-    save_checkpoint(tmp_path / "model.safetensors", model.state_dict(), {})
-    other = small(seed=1, variable_token=variable_token)
-    assert not torch.equal(other(history).prediction, model(history).prediction)
-    other.load_state_dict(load_checkpoint(tmp_path / "model.safetensors")[0])
-    equal(other(history), model(history), atol=0)
-
-
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore")  # torch's own, about functions that it looks through
 @pytest.mark.parametrize("masked", [False, True])
-def test_compiled_without_a_compiler(masked):
-    """Forecast and gradients of a compiled model are the model's own."""
-    model, history, target = small(endogenous=0, layers=1), random(2, 12, 4), random(2, 5, 1, seed=1)
-    beside = random(2, 7, 2)
-    extra = (beside, beside > 0) if masked else ()
-    gradients = []
-    for called in (model, torch.compile(model, backend="aot_eager")):
-        model.zero_grad()
-        output = called(history, *extra)
-        documented_loss(output, target, 0.1).total.backward()
-        gradients.append([output.prediction.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
-    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler and Python's headers")
-@torch.no_grad()
-def test_compiled():
-    model, history = small(layers=1, endogenous=0), random(2, 12, 4)
-    equal(torch.compile(model)(history), model(history), atol=1e-9)
+def test_compiled_with_exogenous_series(masked):
+    model, history, (more, observed) = small(), random(4, 12, 4), beside("cpu")
+    given_beside = (more, observed) if masked else (more,)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    equal(compiled(history, *given_beside), model(history, *given_beside))
 
 
 # --- the losses -------------------------------------------------------------------------------------------------------
@@ -747,7 +691,6 @@ GOOD = torch.zeros(2, 12, 4)
 BESIDE = torch.zeros(2, 8, 3)
 SEEN = torch.ones(2, 8, 3, dtype=torch.bool)
 TARGET = torch.zeros(2, 5, 1)
-WITH = Output(TARGET, (torch.ones(2, 2, 1, 3),))
 
 
 def made(**changes):
@@ -774,19 +717,9 @@ def seen(*hidden):
 @pytest.mark.parametrize(
     ("call", "error", "says"),
     [
-        (lambda: made(history=0), ValueError, "history must be at least 1; got 0"),
-        (lambda: made(horizon=2.5), TypeError, "horizon must be a whole number.*got 2.5"),
-        (lambda: made(variables=0), ValueError, "variables must be at least 1; got 0"),
         (lambda: made(patch_length=5), ValueError, "history must be a multiple of patch_length; got 12 and 5"),
         (lambda: made(patch_length=24), ValueError, "history must be a multiple of patch_length; got 12 and 24"),
         (lambda: made(patch_length=0), ValueError, "patch_length must be at least 1; got 0"),
-        (lambda: made(width=0), ValueError, "width must be at least 1; got 0"),
-        (lambda: made(heads=3), ValueError, "width must be a multiple of heads; got 8 and 3"),
-        (lambda: made(layers=0), ValueError, "layers must be at least 1; got 0"),
-        (lambda: made(feed_forward_width=0), ValueError, "feed_forward_width must be at least 1; got 0"),
-        (lambda: made(dropout=1), ValueError, "dropout must be less than 1; got 1"),
-        (lambda: made(variable_token="global"), ValueError, "variable_token must be one of 'series', 'learned'"),
-        (lambda: made(attention_form="map"), ValueError, "attention_form must be one of 'maps', 'projections'"),
         (lambda: made(endogenous=4), ValueError, "endogenous must be an index from -4 to 3.*got 4"),
         (lambda: made(endogenous=-5), ValueError, "endogenous must be an index from -4 to 3.*got -5"),
         (lambda: made(endogenous=[0, -4]), ValueError, r"endogenous must be.*that differ; got \[0, -4\]"),
@@ -794,34 +727,29 @@ def seen(*hidden):
         (lambda: made(endogenous=True), TypeError, "endogenous must be.*got True"),
         (lambda: made(endogenous="0"), TypeError, "endogenous must be.*got '0'"),
         (lambda: made(endogenous=[0, 1.0]), TypeError, r"endogenous must be.*got \[0, 1.0\]"),
-        (lambda: made()(GOOD[:, 1:]), ValueError, r"history must have 12 time steps.*\[2, 11, 4\]"),
-        (lambda: made()(GOOD[..., 1:]), ValueError, r"history must have 4 variables.*\[2, 12, 3\]"),
-        (lambda: made()(GOOD[0]), ValueError, r"history.*\[batch, time, variable\].*got shape \[12, 4\]"),
-        (lambda: made()(GOOD.double()), TypeError, "history must have the dtype.*float32; got torch.float64"),
-        (lambda: made()(GOOD.long()), TypeError, "history.*got dtype torch.int64"),
-        (lambda: made()(GOOD.numpy()), TypeError, "history.*got ndarray"),
-        (lambda: made()(GOOD.to("meta")), ValueError, "history must be on the device.*cpu; got meta"),
-        (lambda: made()(GOOD / 0), ValueError, "history.*96 of its 96 are NaN"),
         (
             lambda: made(endogenous=[0, 1, 2, 3])(GOOD),
             ValueError,
-            "there is no exogenous variable.*give exogenous series.*endogenous=None",
+            "the history holds no exogenous series: give some, or make the model with endogenous=None",
         ),
-        (lambda: made(variables=1, endogenous=0)(GOOD[..., :1]), ValueError, "there is no exogenous variable"),
-        (lambda: called(torch.zeros(2, 13, 1)), ValueError, r"exogenous must.*at most as many time.*\[2, 13, 1\]"),
-        (lambda: called(BESIDE[:1]), ValueError, r"exogenous must.*as many windows.*\[1, 8, 3\] and \[2, 12, 4\]"),
+        (
+            lambda: called(torch.zeros(2, 13, 1)),
+            ValueError,
+            "time steps of exogenous must be at most 12.*history; got 13",
+        ),
+        (
+            lambda: called(BESIDE[:1]),
+            ValueError,
+            r"exogenous.* and history.* must have one shape; got \[1\] and \[2\]",
+        ),
         (lambda: called(BESIDE[0]), ValueError, r"exogenous.*\[batch, time, variable\].*got shape \[8, 3\]"),
         (lambda: called(BESIDE[..., :0]), ValueError, r"exogenous.*no axis empty; got shape \[2, 8, 0\]"),
-        (lambda: called(BESIDE.double()), TypeError, "exogenous must have the dtype.*float32; got torch.float64"),
+        (lambda: called(BESIDE.double()), TypeError, "exogenous.*one dtype; got torch.float64 and torch.float32"),
         (lambda: called(BESIDE.long()), TypeError, "exogenous.*got dtype torch.int64"),
         (lambda: called(BESIDE.tolist()), TypeError, "exogenous.*got list"),
-        (lambda: called(BESIDE.to("meta")), ValueError, "exogenous must be on the device.*cpu; got meta"),
+        (lambda: called(BESIDE.to("meta")), ValueError, "exogenous.*one device; got meta and cpu"),
         (lambda: called(spoilt((0, 0, 0))), ValueError, "exogenous must hold finite numbers only; 1 of its 48"),
-        (
-            lambda: called(spoilt((1, 2, 0), math.inf), SEEN),
-            ValueError,
-            "exogenous, where exogenous_mask is True, must hold finite numbers only; 1 of its 48",
-        ),
+        (lambda: called(spoilt((1, 2, 0), math.inf), SEEN), ValueError, "exogenous must hold finite.*1 of its 48"),
         (lambda: called(None, SEEN), ValueError, "exogenous_mask needs the exogenous series.*exogenous=None"),
         (
             lambda: called(BESIDE, SEEN.float()),
@@ -830,29 +758,22 @@ def seen(*hidden):
         ),
         (lambda: called(BESIDE, SEEN[..., :1]), ValueError, r"exogenous_mask.*\[2, 8, 3\].*got torch.bool \[2, 8, 1\]"),
         (lambda: called(BESIDE, SEEN.numpy()), ValueError, "exogenous_mask must be a bool tensor.*got ndarray"),
-        (lambda: called(BESIDE, SEEN.to("meta")), ValueError, "exogenous_mask.*on cpu; got.*on meta"),
+        (lambda: called(BESIDE, SEEN.to("meta")), ValueError, "exogenous_mask and exogenous.*one device"),
         (
             lambda: made(variables=1, endogenous=0)(GOOD[..., :1], BESIDE, seen(1)),
             ValueError,
-            r"exogenous_mask leaves no exogenous value at all in the windows \[1\]",
+            r"exogenous_mask counts no .* of the rows \[1\]",
         ),
-        (lambda: documented_loss(GOOD, TARGET), TypeError, "output must be.*got torch.Tensor"),
         (
-            lambda: documented_loss(called(), TARGET),
-            ValueError,
-            "output.cross_attention is None: make the model with return_attention=True",
+            lambda: documented_loss(Output(TARGET, TARGET), TARGET),
+            TypeError,
+            "output.cross_attention must be a tuple of one matrix a layer; got Tensor",
         ),
-        (lambda: documented_loss(WITH, TARGET[:, 1:]), ValueError, "output.prediction and target must have one shape"),
-        (lambda: documented_loss(WITH, GOOD[:, :5]), ValueError, r"one shape; got \[2, 5, 1\] and \[2, 5, 4\]"),
-        (lambda: documented_loss(WITH, TARGET.double()), TypeError, "one dtype"),
-        (lambda: documented_loss(WITH, TARGET / 0), ValueError, "target.*NaN"),
-        (lambda: documented_loss(WITH, TARGET, -1.0), ValueError, "orthogonality_weight.*at least 0; got -1"),
-        (lambda: documented_loss(WITH, TARGET, math.nan), ValueError, "orthogonality_weight.*got nan"),
-        (lambda: documented_loss(WITH, TARGET, None), TypeError, "orthogonality_weight.*got None"),
-        (lambda: documented_loss(WITH._replace(prediction=TARGET / 0), TARGET), NonFiniteLoss, "term 'forecast'.*nan"),
-        (lambda: documented_loss(Output(TARGET, (TARGET / 0,)), TARGET), NonFiniteLoss, "penalised matrix W.*NaN"),
-        (lambda: published_loss(WITH, TARGET[:1]), ValueError, "output.prediction and target must have one shape"),
-        (lambda: published_loss(WITH._replace(prediction=TARGET / 0), TARGET), NonFiniteLoss, "term 'forecast'.*nan"),
+        (
+            lambda: documented_loss(Output(TARGET, (TARGET / 0,)), TARGET).values(),
+            NonFiniteLoss,
+            "term 'orthogonality'.*nan",
+        ),
     ],
 )
 def test_bad_input_is_named(call, error, says):
@@ -860,50 +781,8 @@ def test_bad_input_is_named(call, error, says):
         call()
 
 
-@given(st.integers(0, 10**6), st.sampled_from([math.nan, math.inf, -math.inf]))
-@settings(max_examples=20)
-def test_no_silent_nan(seed, bad):
-    history, beside = random(2, 12, 4, seed=seed), random(2, 8, 3, seed=seed)
-    for name, whole in (("history", history), ("exogenous", beside)):
-        spoilt = whole.clone()
-        spoilt.view(-1)[seed % whole.numel()] = bad
-        arguments = {"history": history, "exogenous": beside, name: spoilt}
-        with pytest.raises(ValueError, match=f"{name} must hold finite numbers only; 1 of its"):
-            small()(**arguments)
-
-
-@pytest.mark.parametrize("form", ["maps", "projections"])
-@pytest.mark.parametrize("name", ["layers.0.cross_attention.projection.weight", "head.weight"])
-def test_weights_that_diverged_are_named_by_the_loss(name, form):
-    model = small(attention_form=form)
-    model.get_parameter(name).data[0, 0] = math.nan
-    says = "term 'forecast' of the loss is nan" if name == "head.weight" else "penalised matrix W"
-    with pytest.raises(NonFiniteLoss, match=says):
-        documented_loss(model(random(2, 12, 4)), random(2, 5, 4))
-
-
-def test_loss_terms_is_what_every_loss_returns():
-    for loss in (documented_loss(WITH, TARGET + 1, 2.0), published_loss(WITH, TARGET + 1)):
-        assert isinstance(loss, LossTerms)
-        assert loss.total.item() == pytest.approx(sum(term.item() for term in loss.terms.values()))
-
-
-@pytest.mark.parametrize(
-    ("matrices", "says"),
-    [
-        (torch.ones(2, 2, 1, 3), "must be a tuple of one matrix a layer; got Tensor"),
-        ([torch.ones(2, 2, 1, 3)], "must be a tuple of one matrix a layer; got list"),
-        ((), "must be a tuple of one matrix a layer; got an empty one"),
-    ],
-)
-def test_one_matrix_a_layer(matrices, says):
-    target = torch.zeros(2, 5, 1)
-    with pytest.raises(TypeError, match=says):
-        documented_loss(Output(target, matrices), target)
-
-
 def test_model_and_targets_name_the_same_variables():
     windows = Windows(random(60, 4, dtype=torch.float32), 12, 5, endogenous=0)
     model = small(endogenous=2).float()
-    with pytest.raises(ValueError, match=r"model forecasts the variables \(2,\), but the windows' targets are \(0,\)"):
+    with pytest.raises(ValueError, match=r"model forecasts the variables .2,?., but the windows' targets are .0,?."):
         fit(model, windows, windows, published_loss, epochs=1, progress=False)

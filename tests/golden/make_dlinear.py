@@ -10,15 +10,7 @@ import neuralforecast
 import torch
 from neuralforecast.models import DLinear
 
-
-def ours(peer: DLinear) -> dict:
-    """The peer's weights under our names."""
-    names = {"linear_trend": "trend", "linear_season": "seasonal"}
-    return {
-        f"{ours}.{kind}": getattr(getattr(peer, theirs), kind).tolist()
-        for theirs, ours in names.items()
-        for kind in ("weight", "bias")
-    }
+from bench import weights
 
 
 def case(history: int, horizon: int, kernel_size: int, batch: int, variables: int) -> dict:
@@ -33,7 +25,7 @@ def case(history: int, horizon: int, kernel_size: int, batch: int, variables: in
         "history": history,
         "horizon": horizon,
         "kernel_size": kernel_size,
-        "weights": ours(peer),
+        "weights": {name: value.tolist() for name, value in weights.dlinear(peer).items()},
         "input": series.tolist(),
         "prediction": forecast.view(batch, variables, horizon).mT.tolist(),
     }

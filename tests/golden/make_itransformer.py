@@ -12,26 +12,7 @@ import torch
 from neuralforecast.models import iTransformer
 from torch import nn
 
-
-def ours(peer: iTransformer) -> dict:
-    """The peer's weights under our names."""
-    theirs = peer.state_dict()
-    names = {"encoder.norm": "norm", "projector": "projection", "enc_embedding.value_embedding": "embedding"}
-    for i in range(peer.e_layers):
-        layer, block = f"encoder.attn_layers.{i}", f"blocks.{i}"
-        names[f"{layer}.attention.projection"] = f"{block}.attention.projection"
-        names[f"{layer}.attention.out_projection"] = f"{block}.attention.output"
-        names[f"{layer}.norm1"], names[f"{layer}.norm2"] = f"{block}.attention_norm", f"{block}.feed_forward_norm"
-        names[f"{layer}.conv1"], names[f"{layer}.conv2"] = f"{block}.feed_forward.0", f"{block}.feed_forward.3"
-        for kind in ("weight", "bias"):
-            parts = [theirs.pop(f"{layer}.attention.{name}_projection.{kind}") for name in ("query", "key", "value")]
-            theirs[f"{layer}.attention.projection.{kind}"] = torch.cat(parts)
-    weights = {}
-    for name, value in theirs.items():
-        start = next(start for start in names if name.startswith(start + "."))
-        value = value.squeeze(-1) if ".conv" in name else value
-        weights[name.replace(start, names[start])] = value.tolist()
-    return weights
+from bench import weights
 
 
 def case(batch: int, history: int, horizon: int, variables: int, embedding: str, **sizes: int) -> dict:
@@ -61,7 +42,7 @@ def case(batch: int, history: int, horizon: int, variables: int, embedding: str,
         forecast = peer({"insample_y": series.clone()})
     return {
         "model": {"history": history, "horizon": horizon, "embedding": embedding, **sizes},
-        "weights": ours(peer),
+        "weights": {name: value.tolist() for name, value in weights.itransformer(peer).items()},
         "input": series.tolist(),
         "prediction": forecast.tolist(),
         "attention": maps[-1].tolist(),

@@ -16,6 +16,8 @@ from neuralforecast.models import PatchTST
 from torch import Tensor, nn
 from transformers import PatchTSTConfig, PatchTSTForPrediction, PatchTSTForPretraining
 
+from bench import weights
+
 ENCODER = {"width": 8, "heads": 2, "layers": 2, "feed_forward_width": 12}
 
 
@@ -38,69 +40,31 @@ def fill(peer: nn.Module) -> dict[str, Tensor]:
     return peer.state_dict()
 
 
-def neuralforecast_weights(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our names; queries, keys and values stacked; the head's columns by patch, not by feature."""
-    ours = {
-        "encoder.embedding": part(theirs, "model.backbone.W_P"),
-        "encoder.position": theirs["model.backbone.W_pos"],
-        "head": part(theirs, "model.head.linear"),
-    }
-    layers = sum(name.endswith("self_attn.W_Q.weight") for name in theirs)
-    for layer in range(layers):
-        block, peer = f"encoder.blocks.{layer}", f"model.backbone.encoder.layers.{layer}"
-        ours |= {
-            f"{block}.attention.projection": stack(theirs, *(f"{peer}.self_attn.W_{letter}" for letter in "QKV")),
-            f"{block}.attention.output": part(theirs, f"{peer}.self_attn.to_out.0"),
-            f"{block}.attention_norm": part(theirs, f"{peer}.norm_attn.1"),
-            f"{block}.feed_forward.0": part(theirs, f"{peer}.ff.0"),
-            f"{block}.feed_forward.3": part(theirs, f"{peer}.ff.3"),
-            f"{block}.feed_forward_norm": part(theirs, f"{peer}.norm_ffn.1"),
-        }
-    width = len(ours["encoder.embedding"]["weight"])
-    by_feature = ours["head"]["weight"].unflatten(1, (width, -1))  # [horizon, width, patch]
-    ours["head"]["weight"] = by_feature.mT.flatten(1)
-    return flatten(ours)
-
-
 def transformers_weights(theirs: dict[str, Tensor], head: str) -> dict[str, Tensor]:
     """Our names; queries, keys and values stacked."""
     encoder = "model.encoder"
     ours = {
-        "encoder.embedding": part(theirs, f"{encoder}.embedder.input_embedding"),
+        "encoder.embedding": weights.part(theirs, f"{encoder}.embedder.input_embedding"),
         "encoder.position": theirs[f"{encoder}.positional_encoder.position_enc"],
-        "head": part(theirs, head),
+        "head": weights.part(theirs, head),
     }
     for layer in range(ENCODER["layers"]):
         block, peer = f"encoder.blocks.{layer}", f"{encoder}.layers.{layer}"
         ours |= {
-            f"{block}.attention.projection": stack(theirs, *(f"{peer}.self_attn.{letter}_proj" for letter in "qkv")),
-            f"{block}.attention.output": part(theirs, f"{peer}.self_attn.out_proj"),
-            f"{block}.attention_norm": part(theirs, f"{peer}.norm_sublayer1.batchnorm"),
-            f"{block}.feed_forward.0": part(theirs, f"{peer}.ff.0"),
-            f"{block}.feed_forward.3": part(theirs, f"{peer}.ff.3"),
-            f"{block}.feed_forward_norm": part(theirs, f"{peer}.norm_sublayer3.batchnorm"),
+            f"{block}.attention.projection": weights.stack(
+                theirs, *(f"{peer}.self_attn.{letter}_proj" for letter in "qkv")
+            ),
+            f"{block}.attention.output": weights.part(theirs, f"{peer}.self_attn.out_proj"),
+            f"{block}.attention_norm": weights.part(theirs, f"{peer}.norm_sublayer1.batchnorm"),
+            f"{block}.feed_forward.0": weights.part(theirs, f"{peer}.ff.0"),
+            f"{block}.feed_forward.3": weights.part(theirs, f"{peer}.ff.3"),
+            f"{block}.feed_forward_norm": weights.part(theirs, f"{peer}.norm_sublayer3.batchnorm"),
         }
-    return flatten(ours)
+    return weights.flatten(ours)
 
 
-def part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """One module's tensors, under their own names."""
-    return {name.removeprefix(f"{prefix}."): value for name, value in weights.items() if name.startswith(f"{prefix}.")}
-
-
-def stack(weights: dict[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
-    """Several linear maps of the same input as one."""
-    parts = [part(weights, prefix) for prefix in prefixes]
-    return {name: torch.cat([piece[name] for piece in parts]) for name in ("weight", "bias")}
-
-
-def flatten(modules: dict[str, dict | Tensor]) -> dict[str, list]:
-    """{module: {name: tensor}} -> {module.name: list}."""
-    named = {}
-    for module, value in modules.items():
-        pieces = {module: value} if isinstance(value, Tensor) else {f"{module}.{name}": t for name, t in value.items()}
-        named |= {name: tensor.tolist() for name, tensor in pieces.items()}
-    return named
+def lists(tensors: dict[str, Tensor]) -> dict[str, list]:
+    return {name: value.tolist() for name, value in tensors.items()}
 
 
 def padded(history: int, horizon: int, patch_length: int, stride: int, batch: int, variables: int) -> dict:
@@ -120,7 +84,7 @@ def padded(history: int, horizon: int, patch_length: int, stride: int, batch: in
         batch_normalization=False,  # where the norms stand: after the sums, as in the paper; they are BatchNorm anyway
         attn_dropout=0.0,  # it would drop in eval mode too
     )
-    weights = neuralforecast_weights(fill(peer))
+    fill(peer)
     series = 3 * random(batch, history, variables) + 5
     alone = series.mT.reshape(batch * variables, history, 1)
     with torch.no_grad():
@@ -128,7 +92,7 @@ def padded(history: int, horizon: int, patch_length: int, stride: int, batch: in
     return {
         "peer": "neuralforecast",
         "model": {"history": history, "horizon": horizon, "patch_length": patch_length, "stride": stride, **ENCODER},
-        "weights": weights,
+        "weights": lists(weights.patchtst(peer)),
         "input": series.tolist(),
         "prediction": forecast.view(batch, variables, horizon).mT.tolist(),
     }
@@ -160,7 +124,7 @@ def unpadded(history: int, horizon: int, patch_length: int, stride: int, batch: 
         history, patch_length, stride, variables, prediction_length=horizon, scaling="std", pooling_type=None
     )
     peer = PatchTSTForPrediction(settings)
-    weights = transformers_weights(fill(peer), head="head.projection")
+    ours = transformers_weights(fill(peer), head="head.projection")
     series = 3 * random(batch, history, variables) + 5
     with torch.no_grad():
         output = peer(series, output_attentions=True)
@@ -168,7 +132,7 @@ def unpadded(history: int, horizon: int, patch_length: int, stride: int, batch: 
     return {
         "peer": "transformers",
         "model": {**sizes, "pad_end": False, "return_attention": True, **ENCODER},
-        "weights": weights,
+        "weights": lists(ours),
         "input": series.tolist(),
         "prediction": output.prediction_outputs.tolist(),
         "attention": output.attentions[-1].tolist(),
@@ -182,7 +146,7 @@ def masked(history: int, patch_length: int, mask_ratio: float, batch: int, varia
         history, patch_length, patch_length, variables, random_mask_ratio=mask_ratio, scaling=None, do_mask_input=True
     )
     peer = PatchTSTForPretraining(settings)
-    weights = transformers_weights(fill(peer), head="head.linear")
+    ours = transformers_weights(fill(peer), head="head.linear")
     series = 3 * random(batch, history, variables) + 5
     scaled = (series - series.mean(1, keepdim=True)) / (series.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
     masks = []
@@ -192,7 +156,7 @@ def masked(history: int, patch_length: int, mask_ratio: float, batch: int, varia
     return {
         "peer": "transformers",
         "model": {"history": history, "patch_length": patch_length, "mask_ratio": mask_ratio, **ENCODER},
-        "weights": weights,
+        "weights": lists(ours),
         "input": series.tolist(),
         "mask": masks[0].tolist(),
         "reconstruction": output.prediction_output.tolist(),

@@ -1,8 +1,9 @@
-"""Make tests/golden/policy.json: losses and gradients of TRL and of Liger Kernel for given numbers (make golden).
+"""Make tests/golden/policy.json and variants.json: losses and gradients of TRL and of Liger Kernel (make golden).
 
 TRL has no function for its loss: a method of its trainer is called here on a stand-in that returns the given
 log-probabilities where the trainer would run a model. Liger's is a chunked head and loss in one.
 Its "token" loss is TRL's "bnpo"; "dapo" divides by the tokens of the whole generation batch, here given in two parts.
+policy.json holds what the package has, variants.json what a reader writes with it.
 """
 
 import json
@@ -30,30 +31,52 @@ class OneProcess:
         return value
 
 
-def trl_loss(case: dict, logprobs: torch.Tensor, rows: slice, tokens: torch.Tensor) -> torch.Tensor:
-    """GRPOTrainer's loss for some of the sequences of a case. tokens: how many the whole generation batch has."""
+def trl_loss(
+    case: dict,
+    logprobs: torch.Tensor,
+    rows: slice,
+    tokens: torch.Tensor,
+    entropies: torch.Tensor | None = None,
+    arguments: dict | None = None,
+    **settings,
+) -> torch.Tensor:
+    """GRPOTrainer's loss for some of the sequences of a case. tokens: how many the whole generation batch has.
+
+    arguments, settings: what else its `args`, and the trainer itself, are to have.
+    """
     part = logprobs[rows]
+    entropies = torch.zeros_like(part) if entropies is None else entropies[rows]
     batch, time = part.shape
     ids = torch.zeros(batch, time, dtype=torch.long)
+    usual = {
+        "epsilon_low": LOW,
+        "epsilon_high": HIGH,
+        "importance_sampling_level": "token",
+        "max_completion_length": MAX_LENGTH,
+        "top_entropy_quantile": 1.0,
+        "off_policy_mask_threshold": None,
+        "use_vllm": False,
+        "vllm_importance_sampling_correction": False,
+        "aux_loss_enabled": False,
+        "_entropy_bonus_enabled": False,
+        "current_gradient_accumulation_steps": 1,
+    }
     trainer = SimpleNamespace(
+        **{**usual, **settings},
         loss_type=case["loss_type"],
-        epsilon_low=LOW,
-        epsilon_high=HIGH,
         beta=case["beta"],
-        importance_sampling_level="token",
-        max_completion_length=MAX_LENGTH,
-        top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
-        use_vllm=False,
-        vllm_importance_sampling_correction=False,
-        aux_loss_enabled=False,
-        _entropy_bonus_enabled=False,
-        current_gradient_accumulation_steps=1,
         model=SimpleNamespace(training=False),
         accelerator=OneProcess(),
         _metrics={"train": defaultdict(list), "eval": defaultdict(list)},
-        args=SimpleNamespace(delta=None, use_bias_correction_kl=case["weighted"], steps_per_generation=1),
-        _get_per_token_logps_and_entropies=lambda *_, **__: (part, torch.zeros_like(part), None),
+        args=SimpleNamespace(
+            **{
+                "delta": None,
+                "use_bias_correction_kl": case["weighted"],
+                "steps_per_generation": 1,
+                **(arguments or {}),
+            }
+        ),
+        _get_per_token_logps_and_entropies=lambda *_, **__: (part, entropies, None),
     )
     inputs = {
         "prompt_ids": ids[:, :1],
@@ -97,6 +120,47 @@ def trl_case(seed: int, loss_type: str, beta: float, weighted: bool) -> dict:
     loss = sum(trl_loss(case, logprobs, rows, tokens) for rows in parts)
     (gradient,) = torch.autograd.grad(loss, logprobs)
     return case | {"loss": loss.item(), "gradient": gradient.tolist()}
+
+
+# Methods that differ from GRPO in a line or two: {name: (TRL's loss_type, its arguments, other settings)}.
+VARIANTS = {
+    "gspo": ("grpo", {}, {"importance_sampling_level": "sequence"}),
+    "cispo": ("cispo", {}, {"epsilon_high": 1.28}),  # the largest ratio itself
+    "sapo": ("sapo", {"sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.25}, {}),  # TRL rounds them to float32
+    "delta": ("grpo", {"delta": 1.5}, {}),
+    "entropy bonus": (
+        "bnpo",
+        {},
+        {"_entropy_bonus_enabled": True, "use_adaptive_entropy": False, "entropy_coef": 0.1},
+    ),
+}
+
+
+def variant_case(seed: int, name: str) -> dict:
+    """TRL's loss and its gradient by the logits of every token."""
+    kind, arguments, settings = VARIANTS[name]
+    case = {"name": name, "loss_type": kind, "beta": 0.0, "weighted": False, **arguments, **settings}
+    generator = torch.Generator().manual_seed(seed)
+    case |= numbers(generator, sequences=6, time=7)
+    logits = 2 * torch.randn(6, 7, 5, generator=generator, dtype=torch.float64)
+    tokens = torch.randint(5, (6, 7), generator=generator)
+    logits = logits.round(decimals=3).requires_grad_()
+    logs = logits.log_softmax(-1)
+    logprobs = logs.gather(-1, tokens[..., None])[..., 0]
+    noise = 0.5 * torch.randn(logprobs.shape, generator=generator, dtype=torch.float64)
+    case["old_logprobs"] = (logprobs.detach() + noise).clamp(max=-0.01).round(decimals=3).tolist()
+    del case["logprobs"], case["ref_logprobs"]
+    counted = tensor(case["mask"]).sum()
+    entropies = -(logs.exp() * logs).sum(-1)
+    given = {**case, "ref_logprobs": case["old_logprobs"]}
+    loss = trl_loss(given, logprobs, slice(0, 6), counted, entropies, arguments, **settings)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    return case | {
+        "logits": logits.tolist(),
+        "tokens": tokens.tolist(),
+        "loss": loss.item(),
+        "gradient": gradient.tolist(),
+    }
 
 
 def liger_case(seed: int, loss_type: str, beta: float, weighted: bool, temperature: float) -> dict:
@@ -160,3 +224,10 @@ if __name__ == "__main__":
         ],
     }
     Path(__file__).with_name("policy.json").write_text(json.dumps(golden) + "\n", encoding="utf-8")
+    variants = {
+        "made by": "tests/golden/make_policy.py",
+        "versions": {name: version(name) for name in ("trl", "torch")},
+        "clip": [LOW, HIGH],
+        "cases": [variant_case(seed, name) for seed, name in enumerate(VARIANTS)],
+    }
+    Path(__file__).with_name("variants.json").write_text(json.dumps(variants) + "\n", encoding="utf-8")

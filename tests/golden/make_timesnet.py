@@ -14,6 +14,7 @@ from neuralforecast.common._modules import DataEmbedding
 from neuralforecast.models import TimesNet
 from torch import Tensor, nn
 
+from bench.weights import timesnet_name
 from mini_impl.forecasting.layers import denormalise, normalise
 
 HIDDEN = 4  # features between the two convolutions of a block
@@ -32,9 +33,9 @@ def fill(peer: TimesNet, convolution: str) -> dict[str, list]:
         parameter.data = (0.4 * random(*parameter.shape)).round(decimals=4)
         if parameter.ndim == 4:  # the kernel of a convolution in the plane
             parameter.data, kernel = one_dimensional(parameter.data, convolution)
-            ours[rename(name)] = kernel.tolist()
+            ours[timesnet_name(name)] = kernel.tolist()
         else:
-            ours[rename(name)] = parameter.tolist()
+            ours[timesnet_name(name)] = parameter.tolist()
     return ours
 
 
@@ -48,20 +49,6 @@ def one_dimensional(kernel: Tensor, convolution: str) -> tuple[Tensor, Tensor]:
     square = torch.zeros_like(kernel)
     square.narrow(axis, size // 2, 1).copy_(middle)
     return square, middle
-
-
-def rename(name: str) -> str:
-    """The name of one of the peer's weights in our model."""
-    for theirs, ours in {
-        "enc_embedding.value_embedding.tokenConv": "embedding",
-        "predict_linear": "extension",
-        "layer_norm": "norm",
-        "model.": "blocks.",
-        "conv.0": "widen",
-        "conv.2": "narrow",
-    }.items():
-        name = name.replace(theirs, ours)
-    return name
 
 
 def case(convolution: str, batch: int, **model: int) -> dict:

@@ -14,40 +14,7 @@ import torch.nn.functional as F
 from neuralforecast.models import TimeXer
 from torch import Tensor
 
-
-def ours(peer: TimeXer) -> dict:
-    """The peer's weights under our names."""
-    theirs = peer.state_dict()
-    theirs["learned_token"] = theirs.pop("en_embedding.glb_token")[0]
-    del theirs["en_embedding.position_embedding.pe"]
-    tokens = peer.patch_num + 1
-    theirs["head.linear.weight"] = theirs["head.linear.weight"].unflatten(1, (-1, tokens)).mT.flatten(1)
-    names = {
-        "learned_token": "learned_token",
-        "en_embedding.value_embedding": "patch_embedding",
-        "ex_embedding.value_embedding": "exogenous_embedding",
-        "encoder.norm": "norm",
-        "head.linear": "head",
-    }
-    for i in range(peer.e_layers):
-        layer = f"encoder.layers.{i}"
-        for j, attention in enumerate(("self_attention", "cross_attention"), start=1):
-            names[f"{layer}.{attention}.projection"] = f"layers.{i}.{attention}.projection"
-            names[f"{layer}.{attention}.out_projection"] = f"layers.{i}.{attention}.output"
-            names[f"{layer}.norm{j}"] = f"layers.{i}.{attention.replace('attention', 'norm')}"
-            for kind in ("weight", "bias"):
-                parts = [
-                    theirs.pop(f"{layer}.{attention}.{name}_projection.{kind}") for name in ("query", "key", "value")
-                ]
-                theirs[f"{layer}.{attention}.projection.{kind}"] = torch.cat(parts)
-        names[f"{layer}.conv1"], names[f"{layer}.conv2"] = f"layers.{i}.feed_forward.0", f"layers.{i}.feed_forward.3"
-        names[f"{layer}.norm3"] = f"layers.{i}.feed_forward_norm"
-    weights = {}
-    for name, value in theirs.items():
-        start = next(start for start in names if name == start or name.startswith(start + "."))
-        value = value.squeeze(-1) if ".conv" in name else value
-        weights[name.replace(start, names[start])] = value.tolist()
-    return weights
+from bench import weights
 
 
 def scaled(series: Tensor) -> Tensor:
@@ -101,7 +68,7 @@ def case(
             "endogenous": endogenous,
             **sizes,
         },
-        "weights": ours(peer),
+        "weights": {name: value.tolist() for name, value in weights.timexer(peer).items()},
         "input": series[..., :variables].tolist(),
         "exogenous": series[..., variables:].tolist() if beside else None,
         "prediction": forecast.tolist(),
