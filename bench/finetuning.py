@@ -1,7 +1,7 @@
 """What fine-tuning costs, beside other people's code: make bench. Writes book/results/finetuning_speed.json.
 
-Memory of the head (bench/head.py), tokens a second of sampling (bench/generation.py), a step of LoRA (bench/lora.py), and
-what the checks of a loss cost (bench/overhead.py).
+Memory of the head (bench/head.py), tokens a second of sampling (bench/generation.py), a step of LoRA
+(bench/lora.py), and what the checks of a loss cost (bench/overhead.py).
 """
 
 import json

@@ -337,14 +337,16 @@ def _without_second_derivative(loss: Tensor) -> str:
 
 # --- 3.1 and 3.3: clip higher, and every token weighs the same --------------------------------------------------------
 
+CLIP_LOW, CLIP_HIGH = 0.2, 0.28  # how far the ratio of a token may leave 1, down and up
+
 
 def published_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
+    clip_low: float = CLIP_LOW,
+    clip_high: float = CLIP_HIGH,
 ) -> LossTerms:
     """L = -1/(sum_i |o_i|) sum_i sum_t min(rho A, clip(rho, 1 - e_low, 1 + e_high) A), rho = pi / pi_old of a token.
 

@@ -138,6 +138,8 @@ def contrastive_loss(logprobs: Tensor, old_logprobs: Tensor, rewards: Tensor, te
 
 # --- the published method ---------------------------------------------------------------------------------------------
 
+CLIP = 0.2  # how far the ratio of a token may leave 1, up or down
+
 
 def published_loss(
     logprobs: Tensor,
@@ -145,8 +147,8 @@ def published_loss(
     advantages: Tensor,
     mask: Tensor,
     ref_logprobs: Tensor | None = None,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
+    clip_low: float = CLIP,
+    clip_high: float = CLIP,
     kl_weight: float = 0.0,
     reduce_by: str = "sequence",
     max_length: int | None = None,

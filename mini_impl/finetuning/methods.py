@@ -359,7 +359,7 @@ class DocumentedGRPO(RewardMethod):
     def updates(self, model, ref_model, stream):
         rollout, rewards = self._sample(model, stream)  # 1. [prompt, group]
         metrics, rewards = {"mean reward": rewards.mean().item()}, rewards.to(rollout.logprobs.device)
-        old = rollout.logprobs.sum(1).view_as(rewards)  # log pi_old of whole answers, [prompt, group]
+        old = grpo.sequence_logprobs(rollout.logprobs, rollout.mask, self.group_size)  # 1. [prompt, group]
         first = grpo.first_of_each(rollout.completion, rollout.mask, self.group_size) if self.distinct else None
 
         def loss(logprobs: Tensor) -> LossTerms:
@@ -379,8 +379,8 @@ class PublishedGRPO(RewardMethod):
     reduce_by: "sequence" as in the paper, "token", or "length", Dr. GRPO's, whose advantages are not scaled either.
     """
 
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    clip_low: float = grpo.CLIP
+    clip_high: float = grpo.CLIP
     kl_weight: float = 0.02
     reduce_by: str = "sequence"
 
@@ -424,8 +424,8 @@ class PublishedDAPO(RewardMethod):
     that is not full then is used as it is.
     """
 
-    clip_low: float = 0.2
-    clip_high: float = 0.28
+    clip_low: float = dapo.CLIP_LOW
+    clip_high: float = dapo.CLIP_HIGH
     overlong: str = "penalty"
     buffer: int = 1
     rounds: int = 4
