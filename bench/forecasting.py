@@ -122,7 +122,7 @@ def compare(name: str) -> dict:
         times.append({variant: statistics.median(values) for variant, values in turns.items()})
         pairs = {variant: zip(turns[variant], turns["peer"], strict=True) for variant in VARIANTS[:2]}
         ratios.append({variant: statistics.median(a / b for a, b in both) for variant, both in pairs.items()})
-    memory = {variant: [apart(measure_memory, name, variant) for _ in range(3)] for variant in VARIANTS}
+    memory = {variant: [apart(measure_memory, name, variant) for _ in range(7)] for variant in VARIANTS}
     return {
         "largest difference of the forecasts": difference,
         "parameters": {

@@ -236,7 +236,7 @@ def child(process):
 
 @pytest.mark.slow
 def test_stopped_or_killed_it_goes_on_and_ends_in_the_same_bytes(reproduce, csv, tmp_path, monkeypatch):
-    table = [reproduce.Run("etth1", "dlinear", "published", command(csv, epochs=150), 10.0)]  # about 2 seconds
+    table = [reproduce.Run("etth1", "dlinear", "published", command(csv, epochs=600), 10.0)]  # several seconds
     monkeypatch.setattr(reproduce, "all_runs", lambda: table)
     (tmp_path / "results").mkdir()
     threads = torch.get_num_threads()

@@ -24,6 +24,7 @@ from mini_impl.finetuning.sampling import (
 )
 from mini_impl.finetuning.sft import add_lora
 from mini_impl.losses import NonFiniteLoss
+from tests import pretend
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "sampling.json").read_text())
 SIZES = {"vocab_size": 11, "width": 16, "layers": 2, "heads": 4, "key_value_heads": 2, "feed_forward_width": 10}
@@ -290,6 +291,20 @@ def test_half_precision(make, dtype):
     close(score(model, rollout).detach(), rollout.logprobs, 0.05)
 
 
+@pytest.mark.parametrize("truncation", [(0.7, None, None), (1.0, 4, 0.9)], ids=str)
+def test_a_score_waits_twice(truncation):
+    """For what it was given, and for what came out; inside, a score of what is known to fit does not wait at all."""
+    rollout = generate(small(torch.float32), PROMPTS, 5, STOP, *truncation, seed=4)
+    with pretend.device() as elsewhere:
+        model, there = small(torch.float32).to(elsewhere), Rollout(*(part.to(elsewhere) for part in rollout))
+        with pretend.waits() as waits:
+            score(model, there, *truncation).sum().backward()
+        assert len(waits) == 2, waits
+        with pretend.waits() as waits:
+            sampling._score(model, there, *truncation, padded=True).sum().backward()
+        assert not waits
+
+
 def test_score_has_the_gradient_of_the_log_probabilities():
     model = small()
     rollout = generate(model, PROMPTS, 6, STOP, 0.8, seed=2)
@@ -497,6 +512,7 @@ GOOD = Rollout(
 @pytest.mark.parametrize(
     ("act", "error", "message"),
     [
+        (call(model=torch.nn.Linear(2, 2)), TypeError, "model must be a LanguageModel; got Linear"),
         (call(max_new_tokens=0), ValueError, "max_new_tokens must be at least 1; got 0"),
         (call(max_new_tokens=2.5), TypeError, "max_new_tokens must be a whole number"),
         (call(prompts=[]), ValueError, r"none of them empty; got \[\]"),
