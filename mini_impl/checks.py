@@ -198,16 +198,23 @@ def indices(name: str, value, size: int) -> tuple[int, ...]:
     return places
 
 
-def number(name: str, value, least: float = -math.inf, above: float = -math.inf, below: float = math.inf) -> float:
-    """Return `value` if it is finite, at least `least`, greater than `above` and less than `below`.
+def number(
+    name: str,
+    value,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
+) -> float:
+    """Return `value` if it is finite, from `least` to `most`, greater than `above` and less than `below`.
 
     Raises TypeError, ValueError.
     """
     real = isinstance(value, Real) and not isinstance(value, bool)
-    if real and value >= least and above < value < below:  # so finite too
+    if real and least <= value <= most and above < value < below:  # so finite too
         return float(value)
-    bounds = ((" greater than", above), (" of at least", least), (" less than", below))
-    bounds = " and".join(f"{words} {bound:g}" for words, bound in bounds if math.isfinite(bound))
+    given = ((" greater than", above), (" of at least", least), (" of at most", most), (" less than", below))
+    bounds = " and".join(f"{words} {bound:g}" for words, bound in given if math.isfinite(bound))
     raise (ValueError if real else TypeError)(f"{name} must be a finite number{bounds}; got {value!r}")
 
 

@@ -42,8 +42,8 @@ class Decoder:
         exact = torch.promote_types(weight.dtype, torch.float32)
         self.mean = torch.full((weight.shape[1], 1), 1 / weight.shape[1], dtype=exact, device=weight.device)
         self.epsilon = torch.tensor(model.norm.epsilon, dtype=exact, device=weight.device)
+        # [block, row, key_value_head, place, head_dim]
         self.keys, self.values = torch.stack(cache.keys), torch.stack(cache.values)
-        # ^ [block, row, key_value_head, place, head_dim]
         # Added to the scores of the queries: -inf is not attended to.
         bias = torch.zeros_like(attention_mask, dtype=weight.dtype).masked_fill(~attention_mask, -math.inf)
         self.bias = bias[:, None, None].repeat(1, self.key_value_heads, 1, 1)  # [row, key_value_head, 1, place]

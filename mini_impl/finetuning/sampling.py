@@ -51,8 +51,7 @@ def truncate(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
     if top_k is not None:
         checks.integer("top_k", top_k, most=logits.shape[-1], why="the number of tokens")
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)
-    if top_p not in (None, 1):
-        checks.number("top_p", top_p, above=0, below=1)
+    if top_p is not None and checks.number("top_p", top_p, above=0, most=1) < 1:
         ordered = logits.sort(-1, descending=True).values  # [.., vocab_size]
         probabilities = ordered.softmax(-1)
         reached = probabilities.cumsum(-1) - probabilities  # by the more likely ones: 0 for the first
