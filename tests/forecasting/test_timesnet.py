@@ -28,6 +28,7 @@ from mini_impl.forecasting.timesnet import (
     unfold,
 )
 from mini_impl.losses import NonFiniteLoss
+from tests.forecasting.by_numpy import Parts, gelu, gradients_as_finite_differences, positions
 from tests.tensors import random
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "timesnet.json"
@@ -38,10 +39,9 @@ seeds = st.integers(0, 10**6)
 def small(seed=0, **changes):
     """A little TimesNet in float64 without dropout, its biases not zero."""
     settings = {"history": 12, "horizon": 6, "variables": 2, "top_k": 3, "width": 4, "feed_forward_width": 3}
+    settings |= {"layers": 2, "kernels": 2, "dropout": 0.0, "return_frequency_features": True}
     torch.manual_seed(seed)
-    model = TimesNet(
-        **settings | {"layers": 2, "kernels": 2, "dropout": 0.0, "return_frequency_features": True} | changes
-    )
+    model = TimesNet(**settings | changes)
     for parameter in model.parameters():
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, mean=0.3)
@@ -73,11 +73,8 @@ def convolve_by_definition(plane, kernel, bias):
 
 def inception_by_definition(plane, inception):
     """The mean of the separate convolutions."""
-    results = [
-        convolve_by_definition(plane, kernel.weight.detach().numpy(), kernel.bias.detach().numpy())
-        for kernel in inception.kernels
-    ]
-    return sum(results) / len(results)
+    parts = [(kernel.weight.detach().numpy(), kernel.bias.detach().numpy()) for kernel in inception.kernels]
+    return sum(convolve_by_definition(plane, *part) for part in parts) / len(parts)
 
 
 def block_by_definition(features, block, k):
@@ -94,9 +91,7 @@ def block_by_definition(features, block, k):
         plane = np.zeros((batch, width, rows, period))
         for t in range(time):
             plane[:, :, t // period, t % period] = features[:, t]
-        hidden = inception_by_definition(plane, block.widen)
-        hidden = 0.5 * hidden * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2)))
-        plane = inception_by_definition(hidden, block.narrow)
+        plane = inception_by_definition(gelu(inception_by_definition(plane, block.widen)), block.narrow)
         for t in range(time):
             branches[:, i, t] = plane[:, :, t // period, t % period]
     return np.einsum("bk,bktw->btw", weights, branches), branches
@@ -104,25 +99,19 @@ def block_by_definition(features, block, k):
 
 def model_by_definition(model, history, k):
     """The forecast and the last block's branches over the horizon, [batch, horizon, k, width]."""
-    weights = {name: value.detach().numpy() for name, value in model.named_parameters()}
+    parts = Parts(model)
     mean, std = history.mean(1, keepdims=True), np.sqrt(history.var(1, keepdims=True) + 1e-5)
     scaled = (history - mean) / std
-    time, width = history.shape[1], len(weights["embedding.weight"])
-    features = np.zeros((len(history), time, width))
+    embedding, time = parts.weights["embedding.weight"], history.shape[1]
+    features = np.zeros((len(history), time, len(embedding))) + positions(time, len(embedding))
     for t in range(time):
         for j in range(3):  # circular: the step before the first is the last
-            features[:, t] += scaled[:, (t + j - 1) % time] @ weights["embedding.weight"][:, :, j].T
-        for i in range(width):
-            angle = t / 10000 ** (2 * (i // 2) / width)
-            features[:, t, i] += math.cos(angle) if i % 2 else math.sin(angle)
-    features = np.einsum("st,btw->bsw", weights["extension.weight"], features) + weights["extension.bias"][:, None]
+            features[:, t] += scaled[:, (t + j - 1) % time] @ embedding[:, :, j].T
+    features = parts.linear("extension", features.swapaxes(1, 2)).swapaxes(1, 2)
     for block in model.blocks:
         total, branches = block_by_definition(features, block, k)
-        features = features + total
-        centred = features - features.mean(2, keepdims=True)
-        features = centred / np.sqrt(features.var(2, keepdims=True) + 1e-5)
-        features = features * weights["norm.weight"] + weights["norm.bias"]
-    forecast = features @ weights["projection.weight"].T + weights["projection.bias"]
+        features = parts.norm("norm", features + total)
+    forecast = parts.linear("projection", features)
     return forecast[:, time:] * std + mean, branches[:, :, time:].transpose(0, 2, 1, 3)
 
 
@@ -142,10 +131,8 @@ def test_periods_of_two_sines_by_hand():
 
 
 def test_the_period_is_rounded_down():
-    periods, _ = dominant_periods(wave(10, 10 / 3).view(1, 10, 1), k=1)  # three cycles in ten steps
-    assert periods.tolist() == [3]
-    periods, _ = dominant_periods(wave(11, 11 / 4).view(1, 11, 1), k=1)
-    assert periods.tolist() == [2]
+    for time, cycles, period in ((10, 3, 3), (11, 4, 2)):
+        assert dominant_periods(wave(time, time / cycles).view(1, time, 1), k=1)[0].tolist() == [period]
 
 
 @given(st.data())
@@ -271,8 +258,7 @@ def test_inception_is_the_mean_of_its_convolutions(case):
     separate = sum(kernel(plane) for kernel in inception.kernels) / kernels
     gradients = torch.autograd.grad((got * ways).sum(), parts)
     expected = torch.autograd.grad((separate * ways).sum(), parts)
-    for one, other in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradients, expected, rtol=0, atol=1e-12)
 
 
 @given(st.integers(1, 7), st.integers(1, 7), st.integers(0, 7), st.integers(0, 7), seeds)
@@ -281,9 +267,8 @@ def test_cropping_the_kernel_changes_nothing(rows, columns, half_height, half_wi
     kernel = random(3, 2, 2 * half_height + 1, 2 * half_width + 1, seed=seed + 1)
     expected = F.conv2d(plane, kernel, bias, padding=(half_height, half_width))
     torch.testing.assert_close(convolve(plane, kernel, bias), expected, rtol=0, atol=1e-12)
-    np.testing.assert_allclose(
-        expected, convolve_by_definition(plane.numpy(), kernel.numpy(), bias.numpy()), atol=1e-12
-    )
+    plain = convolve_by_definition(plane.numpy(), kernel.numpy(), bias.numpy())
+    np.testing.assert_allclose(expected, plain, atol=1e-12)
 
 
 def test_what_is_cropped_is_not_computed():
@@ -306,21 +291,19 @@ def test_gradients_of_a_convolution_with_cropped_kernel(rows, columns):
             assert bool(gradient[:, :, u, v].any()) == reaches
 
 
-@pytest.mark.parametrize(("shape", "merged"), [("inception", (11, 11)), ("within", (1, 11)), ("across", (11, 1))])
-def test_the_merged_kernel_has_the_extent_of_the_largest(shape, merged):
-    kernel, bias = Inception(16, 32, 6, shape).merged()
+@pytest.mark.parametrize(
+    ("shape", "separate", "merged"),
+    [
+        ("inception", 1 + 9 + 25 + 49 + 81 + 121, (11, 11)),
+        ("within", 1 + 3 + 5 + 7 + 9 + 11, (1, 11)),
+        ("across", 1 + 3 + 5 + 7 + 9 + 11, (11, 1)),
+    ],
+)
+def test_numbers_of_weights_and_the_extent_of_the_merged_kernel(shape, separate, merged):
+    inception = Inception(16, 32, 6, shape)
+    assert sum(kernel.weight.numel() for kernel in inception.kernels) == 16 * 32 * separate
+    kernel, bias = inception.merged()
     assert kernel.shape == (32, 16, *merged) and bias.shape == (32,)
-
-
-def test_numbers_of_weights():
-    inception = Inception(16, 32, 6, "inception")
-    kernel, _ = inception.merged()
-    assert (
-        sum(kernel.weight.numel() for kernel in inception.kernels) == 16 * 32 * (1 + 9 + 25 + 49 + 81 + 121) == 146432
-    )
-    assert kernel.numel() == 16 * 32 * 11 * 11 == 61952
-    line = Inception(16, 32, 6, "within")
-    assert sum(kernel.weight.numel() for kernel in line.kernels) == 16 * 32 * (1 + 3 + 5 + 7 + 9 + 11) == 18432
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -333,39 +316,33 @@ def test_first_weights(shape):
         assert not kernel.bias.any()
 
 
-@pytest.mark.parametrize(("shape", "along"), [("within", 0), ("across", 1), ("inception", None)])
-def test_one_dimensional_kernels_mix_along_one_axis_only(shape, along):
-    """A change at one place: "within" shows it in its row alone, "across" in its column alone."""
+ONE, FIVE = slice(3, 4), slice(1, 6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "columns"), [("within", ONE, FIVE), ("across", FIVE, ONE), ("inception", FIVE, FIVE)]
+)
+def test_one_dimensional_kernels_mix_along_one_axis_only(shape, rows, columns):
+    """A change at one place: "within" shows it in its row alone, "across" in its column alone; two to each side."""
     torch.manual_seed(0)
     inception, plane = Inception(1, 1, 3, shape).double(), random(1, 1, 7, 7)
-    changed = plane.clone()
-    changed[0, 0, 3, 2] += 1
-    moved = (inception(changed) - inception(plane))[0, 0].abs() > 1e-12
-    reached = torch.zeros(7, 7, dtype=torch.bool)
-    if along == 0:
-        reached[3, 0:5] = True  # two to each side
-    elif along == 1:
-        reached[1:6, 2] = True
-    else:
-        reached[1:6, 0:5] = True
-    assert moved.equal(reached)
+    changed, reached = plane.clone(), torch.zeros(7, 7, dtype=torch.bool)
+    changed[0, 0, 3, 3] += 1
+    reached[rows, columns] = True
+    assert ((inception(changed) - inception(plane))[0, 0].abs() > 1e-12).equal(reached)
 
 
 # --- the block --------------------------------------------------------------------------------------------------------
 
 
+sizes = st.tuples(st.integers(1, 3), st.integers(2, 16), st.integers(1, 3), st.integers(1, 3))
+
+
 @settings(max_examples=40)
-@given(
-    st.integers(1, 3),
-    st.integers(2, 16),
-    st.integers(1, 3),
-    st.integers(1, 3),
-    st.sampled_from(SHAPES),
-    seeds,
-    st.data(),
-)
-def test_block_against_the_definition(batch, time, width, kernels, convolution, seed, data):
+@given(sizes, st.sampled_from(SHAPES), seeds, st.data())
+def test_block_against_the_definition(size, convolution, seed, data):
     """Every number of periods, up to all frequencies there are; many of those have equal periods."""
+    batch, time, width, kernels = size
     k = data.draw(st.integers(1, time // 2))
     torch.manual_seed(seed)
     block = TimesBlock(width, 2, k, kernels, convolution, per_window=False).double()
@@ -409,32 +386,22 @@ def test_a_block_with_periods_per_window_is_one_for_each_window(batch, time, con
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
+settings_of_models = st.builds(
+    dict, history=st.integers(2, 10), horizon=st.integers(1, 12), variables=st.integers(1, 3), width=st.integers(2, 5),
+    feed_forward_width=st.integers(1, 3), layers=st.integers(1, 2), kernels=st.integers(1, 3),
+    convolution=st.sampled_from(SHAPES),
+)  # fmt: skip
+
+
 @settings(max_examples=25)
-@given(
-    st.fixed_dictionaries(
-        {
-            "history": st.integers(2, 10),
-            "horizon": st.integers(1, 12),
-            "variables": st.integers(1, 3),
-            "width": st.integers(2, 5),
-            "feed_forward_width": st.integers(1, 3),
-            "layers": st.integers(1, 2),
-            "kernels": st.integers(1, 3),
-            "convolution": st.sampled_from(SHAPES),
-        }
-    ),
-    st.integers(1, 3),
-    seeds,
-    st.data(),
-)
+@given(settings_of_models, st.integers(1, 3), seeds, st.data())
 def test_model_against_the_definition(sizes, batch, seed, data):
     k = data.draw(st.integers(1, (sizes["history"] + sizes["horizon"]) // 2))
     model = small(seed, top_k=k, **sizes)
     history = 3 * random(batch, sizes["history"], sizes["variables"], seed=seed) + 5
     output = model(history)
-    forecast, features = model_by_definition(model, history.numpy(), k)
-    np.testing.assert_allclose(output.prediction.detach(), forecast, rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(output.frequency_features.detach(), features, rtol=1e-9, atol=1e-9)
+    for ours, expected in zip(output, model_by_definition(model, history.numpy(), k), strict=True):
+        np.testing.assert_allclose(ours.detach(), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_parity_with_another_implementation():
@@ -445,9 +412,9 @@ def test_parity_with_another_implementation():
         model = TimesNet(top_k=case["model"].pop("periods"), **case["model"], return_frequency_features=True)
         model = model.double().eval()
         model.load_state_dict({name: torch.tensor(value).double() for name, value in case["weights"].items()})
+        expected = Output(*(torch.tensor(case[name], dtype=torch.float64) for name in Output._fields))
         output = model(torch.tensor(case["input"], dtype=torch.float64))
-        for got, name in [(output.prediction, "prediction"), (output.frequency_features, "frequency_features")]:
-            torch.testing.assert_close(got, torch.tensor(case[name], dtype=torch.float64), rtol=0, atol=2e-6)
+        torch.testing.assert_close(output, expected, rtol=0, atol=2e-6)
 
 
 def test_in_the_published_form_a_forecast_depends_on_the_batch():
@@ -481,17 +448,11 @@ def test_the_forecast_moves_and_stretches_with_its_window():
     torch.testing.assert_close(model(50 * history).prediction, 50 * prediction, rtol=1e-3, atol=1e-3)  # but for 1e-5
 
 
+SMALLEST, LONG = {"variables": 1, "history": 1, "horizon": 1, "top_k": 1}, {"history": 3, "horizon": 20, "top_k": 4}
+
+
 @pytest.mark.parametrize("per_window", [False, True])
-@pytest.mark.parametrize(
-    ("batch", "sizes"),
-    [
-        (3, {}),
-        (1, {}),
-        (3, {"variables": 1}),
-        (1, {"variables": 1, "history": 1, "horizon": 1, "top_k": 1}),
-        (2, {"history": 3, "horizon": 20, "top_k": 4}),
-    ],
-)
+@pytest.mark.parametrize(("batch", "sizes"), [(3, {}), (1, {}), (3, {"variables": 1}), (1, SMALLEST), (2, LONG)])
 @pytest.mark.parametrize("constant", [False, True])
 def test_small_and_constant_windows_have_finite_forecasts_and_gradients(batch, sizes, constant, per_window):
     model = small(per_window=per_window, **sizes)
@@ -501,7 +462,7 @@ def test_small_and_constant_windows_have_finite_forecasts_and_gradients(batch, s
     output = model(history.requires_grad_())
     assert output.prediction.shape == (batch, model.horizon, history.shape[2])
     documented_loss(output, random(*output.prediction.shape, seed=1)).total.backward()
-    assert all(value.isfinite().all() for value in (output.prediction, output.frequency_features, history.grad))
+    assert all(value.isfinite().all() for value in (*output, history.grad))
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
@@ -520,22 +481,12 @@ def test_documented_loss_by_hand():
     assert loss.total.item() == pytest.approx(18 + 0.625)
 
 
-weights = st.floats(0, 100)
-outputs = st.tuples(
-    st.integers(1, 4),
-    st.integers(1, 6),
-    st.integers(1, 3),
-    st.integers(1, 3),
-    st.integers(1, 3),
-    weights,
-    weights,
-    seeds,
-)
+counts = st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
 
 
-@given(outputs)
-def test_losses_against_numpy(case):
-    windows, horizon, variables, k, width, alpha, beta, seed = case
+@given(counts, st.floats(0, 100), st.floats(0, 100), seeds)
+def test_losses_against_numpy(count, alpha, beta, seed):
+    windows, horizon, variables, k, width = count
     prediction, target = random(2, windows, horizon, variables, seed=seed)
     features = random(windows, horizon, k, width, seed=seed + 1)
     y, p, f = target.numpy(), prediction.numpy(), features.numpy()
@@ -546,28 +497,11 @@ def test_losses_against_numpy(case):
             if t:
                 smoothness += beta * np.linalg.norm(f[i, t] - f[i, t - 1], "fro") ** 2 / horizon / windows
     loss = documented_loss(Output(prediction, features), target, alpha, beta)
-    assert loss.terms["forecast"].item() == pytest.approx(forecast, rel=1e-12, abs=1e-15)
-    assert loss.terms["smoothness"].item() == pytest.approx(smoothness, rel=1e-12, abs=1e-15)
-    assert loss.total.item() == pytest.approx(forecast + smoothness, rel=1e-12, abs=1e-15)
+    assert loss.values() == pytest.approx({"forecast": forecast, "smoothness": smoothness}, rel=1e-12, abs=1e-15)
     published = published_loss(Output(prediction), target).total.item()
     assert published == pytest.approx(((y - p) ** 2).mean(), rel=1e-12)
     # the number of variables, and alpha, are all that tells the first term from the published loss
     assert forecast == pytest.approx(alpha * variables * published, rel=1e-12, abs=1e-15)
-
-
-def test_each_term_alone():
-    target, output = random(2, 6, 2, seed=1), Output(random(2, 6, 2), random(2, 6, 3, 4))
-    both = documented_loss(output, target, 0.7, 0.3)
-    forecast, smoothness = documented_loss(output, target, 0.7, 0.0), documented_loss(output, target, 0.0, 0.3)
-    assert forecast.terms["smoothness"] == smoothness.terms["forecast"] == 0
-    assert forecast.total.equal(both.terms["forecast"]) and smoothness.total.equal(both.terms["smoothness"])
-
-
-def test_the_number_of_windows_is_averaged_out():
-    target, prediction, features = random(2, 6, 2, seed=1), random(2, 6, 2), random(2, 6, 3, 4)
-    once = documented_loss(Output(prediction, features), target).total
-    again = Output(prediction.repeat(2, 1, 1), features.repeat(2, 1, 1, 1))
-    torch.testing.assert_close(documented_loss(again, target.repeat(2, 1, 1)).total, once)
 
 
 def smoothness(features):
@@ -628,14 +562,9 @@ def test_gradients_of_the_whole_model(convolution, per_window):
     model = small(history=5, horizon=3, variables=1, top_k=2, width=2, convolution=convolution, per_window=per_window)
     target = random(2, 3, 1, seed=1)
     names = ["embedding.weight", "blocks.0.widen.kernels.1.weight", "blocks.1.narrow.kernels.0.bias", "norm.weight"]
-    weights = {name: value.detach().clone() for name, value in model.named_parameters()}
-
-    def loss(history, *some):
-        output = torch.func.functional_call(model, weights | dict(zip(names, some, strict=True)), history)
-        return documented_loss(output, target, 0.7, 0.3).total
-
-    given = [random(2, 5, 1), *(weights[name] for name in names)]
-    assert torch.autograd.gradcheck(loss, [value.requires_grad_() for value in given])
+    assert gradients_as_finite_differences(
+        model, names, lambda output: documented_loss(output, target, 0.7, 0.3).total, random(2, 5, 1)
+    )
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -644,35 +573,27 @@ GOOD, TARGET = torch.zeros(2, 10, 3), torch.zeros(2, 4, 3)
 FEATURES = torch.zeros(2, 4, 2, 5)
 
 
+def loss_with(features):
+    return documented_loss(Output(TARGET, features), TARGET)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "says"),
     [
         (lambda: dominant_periods(GOOD, 6), ValueError, "k must be at most 5, the frequencies of 10 time steps; got 6"),
         (lambda: dominant_periods(GOOD, 0), ValueError, "k must be at least 1; got 0"),
-        (lambda: dominant_periods(GOOD, 1.5), TypeError, "k must be a whole number.*got 1.5"),
         (lambda: dominant_periods(GOOD[0], 2), ValueError, r"series.*\[batch, time, variable\].*got shape \[10, 3\]"),
-        (lambda: dominant_periods(GOOD.int(), 2), TypeError, "series.*got dtype torch.int32"),
         (lambda: dominant_periods(GOOD / 0, 2), ValueError, "series.*60 of its 60 are NaN"),
         (lambda: small(top_k=10), ValueError, "top_k must be at most 9, the frequencies of history.*18 steps; got 10"),
         (lambda: small(top_k=0), ValueError, "top_k must be at least 1; got 0"),
         (lambda: small(kernels=0), ValueError, "kernels must be at least 1; got 0"),
-        (lambda: Inception(2, 2, 3, "square"), ValueError, "convolution must be one of .*got 'square'"),
-        (lambda: Inception(2, 2, 0, "within"), ValueError, "kernels must be at least 1; got 0"),
         (
-            lambda: documented_loss(Output(TARGET, torch.zeros(2, 2, 4, 5)), TARGET),
+            lambda: loss_with(FEATURES[:, :2]),
             ValueError,
-            r"output.frequency_features.* and target.* must have one shape; got \[2, 2\] and \[2, 4\]",
+            r"frequency_features.* and target.*got \[2, 2\] and \[2, 4",
         ),
-        (
-            lambda: documented_loss(Output(TARGET, torch.zeros(2, 4, 5)), TARGET),
-            ValueError,
-            r"output.frequency_features.*\[batch, horizon, period, feature\].*got shape \[2, 4, 5\]",
-        ),
-        (
-            lambda: documented_loss(Output(TARGET, FEATURES / 0), TARGET).values(),
-            NonFiniteLoss,
-            "term 'smoothness'.*nan",
-        ),
+        (lambda: loss_with(FEATURES[:, :, 0]), ValueError, r"frequency_features.*\[batch, horizon, period, feature\]"),
+        (lambda: loss_with(FEATURES / 0).values(), NonFiniteLoss, "term 'smoothness'.*nan"),
     ],
 )
 def test_bad_input_is_named(call, error, says):

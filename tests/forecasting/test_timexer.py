@@ -10,24 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mini_impl.forecasting.data import Windows
 from mini_impl.forecasting.layers import normalise
 from mini_impl.forecasting.timexer import Output, TimeXer, documented_loss, published_loss
-from mini_impl.forecasting.train import fit
 from mini_impl.losses import NonFiniteLoss
+from tests.forecasting.by_numpy import Parts, gradients_as_finite_differences, positions
 from tests.tensors import random, same
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "timexer.json"
-SMALL = {
-    "history": 12,
-    "horizon": 5,
-    "variables": 4,
-    "patch_length": 4,
-    "width": 8,
-    "heads": 2,
-    "layers": 2,
-    "feed_forward_width": 6,
-}
+SIZES = {"patch_length": 4, "width": 8, "heads": 2, "layers": 2, "feed_forward_width": 6}
+SMALL = {"history": 12, "horizon": 5, "variables": 4, **SIZES}
 
 
 def small(seed=0, **changes):
@@ -49,9 +40,7 @@ def same_weights(model, **changes):
 
 def equal(here, there, atol=1e-12):
     """Two Outputs hold the same numbers."""
-    torch.testing.assert_close(here.prediction, there.prediction, rtol=0, atol=atol)
-    for ours, theirs in zip(here.cross_attention, there.cross_attention, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
+    torch.testing.assert_close(here, there, rtol=0, atol=atol)
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -70,96 +59,55 @@ def test_parity_with_another_implementation():
 
 def by_numpy(model, history, exogenous, observed):
     """(prediction [horizon, endogenous], maps) of one window [time, variable], series by series and head by head."""
-    weights = {name: value.detach().numpy() for name, value in model.state_dict().items()}
-    width, heads = model.norm.weight.numel(), model.layers[0].self_attention.heads
-
-    def linear(name, x):
-        return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)
-
-    def norm(name, x):
-        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
-        return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-
-    def gelu(x):
-        return x * (1 + np.vectorize(math.erf)(x / 2**0.5)) / 2
-
-    def attend(name, tokens, context):
-        """(mixed [query, width], map [head, query, key])"""
-        all_maps, mixed = [], []
-        query = np.split(linear(f"{name}.projection", tokens), 3, -1)[0]
-        _, key, value = np.split(linear(f"{name}.projection", context), 3, -1)
-        for q, k, v in zip(*(np.split(part, heads, -1) for part in (query, key, value)), strict=True):
-            scores = np.exp(q @ k.T / q.shape[-1] ** 0.5)
-            all_maps.append(scores / scores.sum(-1, keepdims=True))
-            mixed.append(all_maps[-1] @ v)
-        return linear(f"{name}.output", np.concatenate(mixed, -1)), np.stack(all_maps)
-
+    parts, heads = Parts(model), model.layers[0].self_attention.heads
     mean, std = history.mean(0), np.sqrt(history.var(0) + 1e-5)
     scaled = ((history - mean) / std).T
-    others, there = [linear("exogenous_embedding", scaled[i]) for i in model.exogenous], [True] * len(model.exogenous)
+    others, there = [scaled[i] for i in model.exogenous], [True] * len(model.exogenous)
     for series, seen in zip(exogenous.T, observed.T, strict=True):
         there.append(seen.any())
         if seen.any():
             values = series[seen]
-            padded = np.zeros(model.history)
-            padded[len(padded) - len(series) :][seen] = (values - values.mean()) / np.sqrt(values.var() + 1e-5)
-            others.append(linear("exogenous_embedding", padded))
-    others = np.stack(others)
+            others.append(np.zeros(model.history))
+            others[-1][model.history - len(series) :][seen] = (values - values.mean()) / np.sqrt(values.var() + 1e-5)
+    others = parts.linear("exogenous_embedding", np.stack(others))
 
-    positions = np.zeros((model.history // model.patch_length, width))
-    for step in range(len(positions)):
-        for feature in range(width):
-            angle = step / 10000 ** (feature // 2 * 2 / width)
-            positions[step, feature] = math.cos(angle) if feature % 2 else math.sin(angle)
     tokens = []
     for place, i in enumerate(model.endogenous):
-        local = linear("patch_embedding", scaled[i].reshape(-1, model.patch_length)) + positions
-        learned = "learned_token" in weights
-        whole = weights["learned_token"][place, 0] if learned else linear("variable_embedding", scaled[i])
-        tokens.append(np.vstack([local, whole]))
+        local = parts.linear("patch_embedding", scaled[i].reshape(-1, model.patch_length))
+        if "learned_token" in parts.weights:
+            whole = parts.weights["learned_token"][place, 0]
+        else:
+            whole = parts.linear("variable_embedding", scaled[i])
+        tokens.append(np.vstack([local + positions(*local.shape), whole]))
 
     maps = []
     for depth in range(len(model.layers)):
+        name = f"layers.{depth}."
         tokens = [
-            norm(f"layers.{depth}.self_norm", x + attend(f"layers.{depth}.self_attention", x, x)[0]) for x in tokens
+            parts.norm(f"{name}self_norm", x + parts.attend(f"{name}self_attention.", heads, x, x)[0]) for x in tokens
         ]
         variable = np.stack([x[-1] for x in tokens])
-        mixed, some = attend(f"layers.{depth}.cross_attention", variable, others)
-        variable = norm(f"layers.{depth}.cross_norm", variable + mixed)
+        mixed, some = parts.attend(f"{name}cross_attention.", heads, variable, others)
+        variable = parts.norm(f"{name}cross_norm", variable + mixed)
         tokens = [np.vstack([x[:-1], one]) for x, one in zip(tokens, variable, strict=True)]
-        tokens = [
-            x + linear(f"layers.{depth}.feed_forward.3", gelu(linear(f"layers.{depth}.feed_forward.0", x)))
-            for x in tokens
-        ]
-        tokens = [norm(f"layers.{depth}.feed_forward_norm", x) for x in tokens]
+        fed = [x + parts.feed_forward(f"{name}feed_forward", x) for x in tokens]
+        tokens = [parts.norm(f"{name}feed_forward_norm", x) for x in fed]
         maps.append(np.zeros((heads, len(tokens), len(there))))
         maps[-1][..., np.array(there)] = some
-    forecast = np.stack([linear("head", norm("norm", x).ravel()) for x in tokens])
+    forecast = np.stack([parts.linear("head", parts.norm("norm", x).ravel()) for x in tokens])
     return forecast.T * std[model.endogenous] + mean[model.endogenous], maps
 
 
-@given(
-    st.integers(1, 3),
-    st.sampled_from([(1, None), (3, None), (1, 0), (4, -1), (4, (2, 0)), (3, (0, 1, 2))]),
-    st.integers(0, 3),
-    st.integers(1, 12),
-    st.sampled_from([(8, 2, 1), (6, 3, 2)]),
-    st.sampled_from(["series", "learned"]),
-    st.integers(0, 10**6),
-)
+ROLES = [(1, None), (3, None), (1, 0), (4, -1), (4, (2, 0)), (3, (0, 1, 2))]  # variables, and the endogenous ones
+batches = st.tuples(st.integers(1, 3), st.integers(0, 3), st.integers(1, 12))
+
+
+@given(batches, st.sampled_from(ROLES), st.sampled_from([(8, 2, 1), (6, 3, 2)]), st.booleans(), st.integers(0, 10**6))
 @settings(max_examples=40)
-def test_the_model_against_numpy(batch, which, beside, steps, size, variable_token, seed):
-    variables, endogenous = which
-    width, heads, layers = size
-    model = small(
-        seed,
-        variables=variables,
-        endogenous=endogenous,
-        variable_token=variable_token,
-        width=width,
-        heads=heads,
-        layers=layers,
-    )
+def test_the_model_against_numpy(sizes, roles, shape, learned, seed):
+    (batch, beside, steps), (variables, endogenous), (width, heads, layers) = sizes, roles, shape
+    choices = {"variable_token": "learned" if learned else "series", "width": width, "heads": heads, "layers": layers}
+    model = small(seed, variables=variables, endogenous=endogenous, **choices)
     history = 7 * random(batch, 12, variables, seed=seed) + 100
     beside += not model.exogenous and not beside  # there must be one
     exogenous, observed = 3 * random(batch, steps, beside, seed=seed) - 5, random(batch, steps, beside, seed=1) > 0
@@ -405,19 +353,6 @@ def test_a_single_value_or_a_constant_tell_nothing():
 # --- what any model does ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"endogenous": -1}, {"endogenous": (3, 1), "variable_token": "learned"}])
-def test_maps_and_shapes(changes):
-    model = small(**changes)
-    output = model(random(3, 12, 4), random(3, 12, 2, seed=1))
-    endogenous, exogenous = len(model.endogenous), len(model.exogenous) + 2
-    assert output.prediction.shape == (3, 5, endogenous)
-    assert [map.shape for map in output.cross_attention] == [(3, 2, endogenous, exogenous)] * 2
-    for map in output.cross_attention:
-        assert map.min() > 0
-        torch.testing.assert_close(map.sum(-1), torch.ones(map.shape[:-1], dtype=torch.float64))
-    documented_loss(output, random(3, 5, endogenous))  # the target holds the endogenous variables
-
-
 @pytest.mark.parametrize("form", ["maps", "projections"])
 def test_attention_is_only_looked_at(form):
     """With the fused product or the plain one, with a mask or without: the forecast is the same."""
@@ -487,28 +422,17 @@ def test_documented_loss_by_hand():
     row = torch.tensor([[0.5, 0.5]], dtype=torch.float64)  # W'W - I = [[-3/4, 1/4], [1/4, -3/4]]: 5/4
     matrix = torch.tensor([[[1.0, 1.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]]], dtype=torch.float64)  # 3 and 0
     loss = documented_loss(Output(prediction, (row, matrix)), target, orthogonality_weight=2.0)
-    assert {name: value.item() for name, value in loss.terms.items()} == {
-        "forecast": (1 + 9) / 2,
-        "orthogonality": 2 * (1.25 + (3 + 0) / 2),
-    }
+    assert loss.values() == {"forecast": (1 + 9) / 2, "orthogonality": 2 * (1.25 + (3 + 0) / 2)}
     assert loss.total.item() == 5 + 5.5
     assert published_loss(Output(prediction), target).total.item() == 5
 
 
-outputs = st.tuples(
-    st.integers(1, 3),
-    st.integers(1, 3),
-    st.integers(1, 4),
-    st.integers(1, 5),
-    st.integers(1, 3),
-    st.floats(0, 100),
-    st.integers(0, 10**6),
-)
+counts = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.integers(1, 3))
 
 
-@given(outputs)
-def test_losses_against_numpy(case):
-    windows, heads, endogenous, exogenous, layers, weight, seed = case
+@given(counts, st.floats(0, 100), st.integers(0, 10**6))
+def test_losses_against_numpy(count, weight, seed):
+    windows, heads, endogenous, exogenous, layers = count
     prediction, target = 2 * random(2, windows, 4, endogenous, seed=seed)
     maps = random(layers, windows, heads, endogenous, exogenous, seed=seed + 1).softmax(-1)
     forecast = sum((target.numpy() - prediction.numpy()).ravel() ** 2) / target.numel()
@@ -520,10 +444,7 @@ def test_losses_against_numpy(case):
     loss = documented_loss(output, target, weight)
     assert loss.terms["forecast"].item() == pytest.approx(forecast, rel=1e-10)
     assert loss.terms["orthogonality"].item() == pytest.approx(weight * penalty, rel=1e-10, abs=1e-12)
-    assert loss.total.item() == pytest.approx(forecast + weight * penalty, rel=1e-10)
-    published = published_loss(output, target)
-    assert published.total.item() == pytest.approx(forecast, rel=1e-10)
-    assert list(published.terms) == ["forecast"]
+    assert published_loss(output, target).total.item() == pytest.approx(forecast, rel=1e-10)
 
 
 def test_a_weight_of_zero_leaves_the_forecast_alone():
@@ -533,12 +454,6 @@ def test_a_weight_of_zero_leaves_the_forecast_alone():
     assert loss.terms["orthogonality"] == 0 and loss.total == loss.terms["forecast"]
     loss.total.backward()
     assert maps.grad.abs().max() == 0
-
-
-def test_a_perfect_forecast_leaves_the_maps_alone():
-    target, maps = random(3, 4, 1), random(3, 2, 1, 5).softmax(-1)
-    loss = documented_loss(Output(target, (maps,)), target, 0.3)
-    assert loss.terms["forecast"] == 0 and loss.total == loss.terms["orthogonality"] > 0
 
 
 @given(st.integers(1, 6), st.integers(1, 3), st.floats(0.01, 10), st.integers(0, 10**6))
@@ -599,12 +514,8 @@ def test_what_the_second_term_trains(endogenous):
     # as maps: all that comes before them; what reads out a map, or comes after the last, is left out
     maps = small(endogenous=endogenous)
     names = reached(maps)
-    assert names == {
-        name
-        for name, _ in maps.named_parameters()
-        if not name.startswith(("norm.", "head.", "layers.1.feed_forward", "layers.1.cross_norm"))
-        and not name.startswith("layers.1.cross_attention.output")
-    }
+    after = "norm.", "head.", "layers.1.feed_forward", "layers.1.cross_norm", "layers.1.cross_attention.output"
+    assert names == {name for name, _ in maps.named_parameters() if not name.startswith(after)}
     query, key, value = maps.layers[1].cross_attention.projection.weight.grad.view(3, 8, 8)
     assert query.any() and key.any() and not value.any()
 
@@ -612,16 +523,15 @@ def test_what_the_second_term_trains(endogenous):
 @pytest.mark.parametrize("shape", [(2, 2, 1, 3), (2, 1, 3, 2), (3, 4, 4)])
 def test_gradients_of_the_losses(shape):
     prediction, target = 2 * random(2, 2, 3, 2)
-    assert torch.autograd.gradcheck(
-        lambda p, *maps: documented_loss(Output(p, maps), target, 0.7).total,
-        (prediction.requires_grad_(), random(*shape).requires_grad_(), random(*shape, seed=1).requires_grad_()),
-    )
-    assert torch.autograd.gradcheck(lambda p: published_loss(Output(p), target).total, (prediction,))
+    parts = [part.requires_grad_() for part in (prediction, random(*shape), random(*shape, seed=1))]
+    assert torch.autograd.gradcheck(lambda p, *maps: documented_loss(Output(p, maps), target, 0.7).total, parts)
+    assert torch.autograd.gradcheck(lambda p: published_loss(Output(p), target).total, parts[:1])
 
 
-@pytest.mark.parametrize(
-    ("variable_token", "form"), [("series", "maps"), ("learned", "maps"), ("series", "projections"), ("learned", None)]
-)
+WAYS = [("series", "maps"), ("learned", "maps"), ("series", "projections"), ("learned", None)]
+
+
+@pytest.mark.parametrize(("variable_token", "form"), WAYS)
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradients_of_the_model(variable_token, form, masked):
     """From loss to input, exogenous series and weights here and there, against finite differences."""
@@ -634,33 +544,27 @@ def test_gradients_of_the_model(variable_token, form, masked):
     target, observed = random(2, 2, 1, seed=1), random(2, 3, 2, seed=4) > 0
     assert not observed.all() and observed.any()
 
-    def loss(history, beside, *weights):
-        replaced = dict(zip(names, weights, strict=True))
-        output = torch.func.functional_call(model, replaced, (history, beside, observed if masked else None))
+    def loss(output):
         return (documented_loss(output, target, 0.1) if form else published_loss(output, target)).total
 
-    weights = [model.get_parameter(name).detach().clone().requires_grad_() for name in names]
     if form == "projections":  # functional_call replaces what projections() reads, too
         assert model.projections()[0].shape == (3, 4, 4)
-    series = random(2, 4, 2).requires_grad_(), random(2, 3, 2, seed=2).requires_grad_()
-    assert torch.autograd.gradcheck(loss, (*series, *weights))
+    assert gradients_as_finite_differences(
+        model, names, loss, random(2, 4, 2), random(2, 3, 2, seed=2), more=lambda: (observed,) if masked else ()
+    )
 
 
 # --- the ends of what goes in -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("batch", "changes"),
-    [
-        (1, {}),
-        (3, {"variables": 1}),
-        (1, {"variables": 1, "history": 1, "patch_length": 1, "horizon": 1}),  # one step: every window is constant
-        (2, {"horizon": 40, "endogenous": -1}),
-        (2, {"patch_length": 12}),
-        (2, {"patch_length": 1, "layers": 1, "heads": 8}),
-        (2, {"width": 7, "heads": 7}),  # odd: one sine more than cosines
-    ],
-)
+ENDS = [
+    (1, {}), (3, {"variables": 1}), (2, {"horizon": 40, "endogenous": -1}), (2, {"patch_length": 12}),
+    (1, {"variables": 1, "history": 1, "patch_length": 1, "horizon": 1}),  # one step: every window is constant
+    (2, {"patch_length": 1, "layers": 1, "heads": 8}), (2, {"width": 7, "heads": 7}),  # odd: a sine more than cosines
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("batch", "changes"), ENDS)
 @pytest.mark.parametrize("variable_token", ["series", "learned"])
 def test_the_smallest_and_the_odd(batch, changes, variable_token):
     model = small(**changes, variable_token=variable_token)
@@ -687,10 +591,9 @@ def test_constant_windows(level, endogenous):
     assert all(torch.isfinite(x.grad).all() for x in (history, beside, *model.parameters()))
 
 
-GOOD = torch.zeros(2, 12, 4)
-BESIDE = torch.zeros(2, 8, 3)
+GOOD, BESIDE, TARGET = torch.zeros(2, 12, 4), torch.zeros(2, 8, 3), torch.zeros(2, 5, 1)
 SEEN = torch.ones(2, 8, 3, dtype=torch.bool)
-TARGET = torch.zeros(2, 5, 1)
+ONCE = SEEN & torch.tensor([True, False])[:, None, None]  # in the first window alone
 
 
 def made(**changes):
@@ -701,88 +604,40 @@ def called(*more):
     return made(endogenous=0)(GOOD, *more)
 
 
+def loss_with(matrices):
+    return documented_loss(Output(TARGET, matrices), TARGET)
+
+
 def spoilt(place, value=math.nan):
     bad = BESIDE.clone()
     bad[place] = value
     return bad
 
 
-def seen(*hidden):
-    mask = SEEN.clone()
-    for window in hidden:
-        mask[window] = False
-    return mask
-
-
 @pytest.mark.parametrize(
     ("call", "error", "says"),
     [
         (lambda: made(patch_length=5), ValueError, "history must be a multiple of patch_length; got 12 and 5"),
-        (lambda: made(patch_length=24), ValueError, "history must be a multiple of patch_length; got 12 and 24"),
         (lambda: made(patch_length=0), ValueError, "patch_length must be at least 1; got 0"),
         (lambda: made(endogenous=4), ValueError, "endogenous must be an index from -4 to 3.*got 4"),
-        (lambda: made(endogenous=-5), ValueError, "endogenous must be an index from -4 to 3.*got -5"),
-        (lambda: made(endogenous=[0, -4]), ValueError, r"endogenous must be.*that differ; got \[0, -4\]"),
-        (lambda: made(endogenous=[]), ValueError, r"endogenous must be.*got \[\]"),
-        (lambda: made(endogenous=True), TypeError, "endogenous must be.*got True"),
         (lambda: made(endogenous="0"), TypeError, "endogenous must be.*got '0'"),
-        (lambda: made(endogenous=[0, 1.0]), TypeError, r"endogenous must be.*got \[0, 1.0\]"),
-        (
-            lambda: made(endogenous=[0, 1, 2, 3])(GOOD),
-            ValueError,
-            "the history holds no exogenous series: give some, or make the model with endogenous=None",
-        ),
-        (
-            lambda: called(torch.zeros(2, 13, 1)),
-            ValueError,
-            "time steps of exogenous must be at most 12.*history; got 13",
-        ),
-        (
-            lambda: called(BESIDE[:1]),
-            ValueError,
-            r"exogenous.* and history.* must have one shape; got \[1\] and \[2\]",
-        ),
-        (lambda: called(BESIDE[0]), ValueError, r"exogenous.*\[batch, time, variable\].*got shape \[8, 3\]"),
-        (lambda: called(BESIDE[..., :0]), ValueError, r"exogenous.*no axis empty; got shape \[2, 8, 0\]"),
+        (lambda: made(endogenous=range(4))(GOOD), ValueError, "history holds no.*give some, or.* with endogenous=None"),
+        (lambda: called(torch.zeros(2, 13, 1)), ValueError, "steps of exogenous must be at most 12.*history; got 13"),
+        (lambda: called(BESIDE[:1]), ValueError, r"exogenous.* and history.* must have one shape; got \[1\] and \[2\]"),
         (lambda: called(BESIDE.double()), TypeError, "exogenous.*one dtype; got torch.float64 and torch.float32"),
-        (lambda: called(BESIDE.long()), TypeError, "exogenous.*got dtype torch.int64"),
-        (lambda: called(BESIDE.tolist()), TypeError, "exogenous.*got list"),
         (lambda: called(BESIDE.to("meta")), ValueError, "exogenous.*one device; got meta and cpu"),
+        (lambda: called(BESIDE[..., :0]), ValueError, r"exogenous.*variable\], no axis empty; got shape \[2, 8, 0\]"),
+        (lambda: called(BESIDE.tolist()), TypeError, "exogenous.*got list"),
         (lambda: called(spoilt((0, 0, 0))), ValueError, "exogenous must hold finite numbers only; 1 of its 48"),
         (lambda: called(spoilt((1, 2, 0), math.inf), SEEN), ValueError, "exogenous must hold finite.*1 of its 48"),
         (lambda: called(None, SEEN), ValueError, "exogenous_mask needs the exogenous series.*exogenous=None"),
-        (
-            lambda: called(BESIDE, SEEN.float()),
-            ValueError,
-            r"exogenous_mask must be a bool.*got torch.float32 \[2, 8, 3",
-        ),
         (lambda: called(BESIDE, SEEN[..., :1]), ValueError, r"exogenous_mask.*\[2, 8, 3\].*got torch.bool \[2, 8, 1\]"),
-        (lambda: called(BESIDE, SEEN.numpy()), ValueError, "exogenous_mask must be a bool tensor.*got ndarray"),
         (lambda: called(BESIDE, SEEN.to("meta")), ValueError, "exogenous_mask and exogenous.*one device"),
-        (
-            lambda: made(variables=1, endogenous=0)(GOOD[..., :1], BESIDE, seen(1)),
-            ValueError,
-            r"exogenous_mask counts no .* of the rows \[1\]",
-        ),
-        (
-            lambda: documented_loss(Output(TARGET, TARGET), TARGET),
-            TypeError,
-            "output.cross_attention must be a tuple of one matrix a layer; got Tensor",
-        ),
-        (
-            lambda: documented_loss(Output(TARGET, (TARGET / 0,)), TARGET).values(),
-            NonFiniteLoss,
-            "term 'orthogonality'.*nan",
-        ),
+        (lambda: made(endogenous=range(4))(GOOD, BESIDE, ONCE), ValueError, r"exogenous_mask counts no .*rows \[1\]"),
+        (lambda: loss_with(TARGET), TypeError, "cross_attention must be a tuple of one matrix a layer; got Tensor"),
+        (lambda: loss_with((TARGET / 0,)).values(), NonFiniteLoss, "term 'orthogonality'.*nan"),
     ],
-)
+)  # fmt: skip
 def test_bad_input_is_named(call, error, says):
     with pytest.raises(error, match=says):
         call()
-
-
-def test_model_and_targets_name_the_same_variables():
-    windows = Windows(random(60, 4, dtype=torch.float32), 12, 5, endogenous=0)
-    model = small(endogenous=2).float()
-    with pytest.raises(ValueError, match=r"model forecasts the variables .2,?., but the windows' targets are .0,?."):
-        fit(model, windows, windows, published_loss, epochs=1, progress=False)
