@@ -14,38 +14,13 @@ import torch
 from tqdm import tqdm
 
 from bench.measuring import PROCESSES, THREADS, apart, milliseconds, spread
+from bench.weights import llama_of as peer
 from mini_impl.finetuning.arithmetic import BAD_KINDS, Tokenizer, base_model, problems
-from mini_impl.finetuning.language_model import LanguageModel, hugging_face_name
+from mini_impl.finetuning.language_model import LanguageModel
 from mini_impl.finetuning.sampling import generate
 
 BATCH, ROUNDS = 64, 6  # rounds in a process
 STOP = Tokenizer.eos_token_id
-
-
-def peer(model: LanguageModel):
-    """transformers' Llama with the same weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = model.settings
-    config = LlamaConfig(
-        vocab_size=sizes["vocab_size"],
-        hidden_size=sizes["width"],
-        num_hidden_layers=sizes["layers"],
-        num_attention_heads=sizes["heads"],
-        num_key_value_heads=sizes["key_value_heads"],
-        intermediate_size=sizes["feed_forward_width"],
-        rms_norm_eps=sizes["epsilon"],
-        rope_parameters={"rope_type": "default", "rope_theta": sizes["rope_base"]},
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=STOP,
-        pad_token_id=STOP,
-    )
-    llama = LlamaForCausalLM(config).eval()
-    weights = {hugging_face_name(name): value for name, value in model.state_dict().items()}
-    missing, unexpected = llama.load_state_dict(weights, strict=False)
-    assert missing == ["lm_head.weight"] and not unexpected, (missing, unexpected)  # the head is the embedding again
-    return llama
 
 
 def ours(model: LanguageModel, prompts: list[list[int]], max_new_tokens: int) -> Callable[[int], int]:
@@ -54,7 +29,7 @@ def ours(model: LanguageModel, prompts: list[list[int]], max_new_tokens: int) ->
 
 
 def theirs(model: LanguageModel, prompts: list[list[int]], max_new_tokens: int) -> Callable[[int], int]:
-    llama, time = peer(model), max(map(len, prompts))
+    llama, time = peer(model, STOP), max(map(len, prompts))
     tokens = torch.tensor([[STOP] * (time - len(ids)) + ids for ids in prompts])
     attention_mask = torch.tensor([[0] * (time - len(ids)) + [1] * len(ids) for ids in prompts])
 
@@ -135,7 +110,7 @@ def products(model: LanguageModel) -> float:
 
 def peer_step(model: LanguageModel, tokens: int = 64) -> float:
     """Milliseconds of one step of transformers' generate, all rows of the batch going on, the best of a few."""
-    llama, prompt = peer(model), torch.zeros(BATCH, 6, dtype=torch.long)
+    llama, prompt = peer(model, STOP), torch.zeros(BATCH, 6, dtype=torch.long)
     more = {"do_sample": True, "top_k": 0, "max_new_tokens": tokens, "eos_token_id": 10**6}  # no token stops
     with torch.inference_mode():
         return min(milliseconds(lambda: llama.generate(prompt, **more), 1) for _ in range(5)) / tokens

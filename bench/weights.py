@@ -1,10 +1,13 @@
-"""The weights of neuralforecast's models under our names and in our shapes, to give both models the same.
+"""The weights of a peer and of our model, each in the other's names and shapes, to give both models the same.
 
-Each function takes a peer and returns what our model's `load_state_dict` takes.
+Of neuralforecast's models: each function takes a peer and returns what our model's `load_state_dict` takes. Of
+transformers' Llama, whose shapes are ours: one with our weights, or with random ones.
 """
 
 import torch
 from torch import Tensor, nn
+
+from mini_impl.finetuning.language_model import LanguageModel, hugging_face_name
 
 
 def dlinear(peer: nn.Module) -> dict[str, Tensor]:
@@ -130,3 +133,43 @@ def flatten(modules: dict[str, dict | Tensor]) -> dict[str, Tensor]:
     for module, value in modules.items():
         named |= {module: value} if isinstance(value, Tensor) else {f"{module}.{name}": t for name, t in value.items()}
     return named
+
+
+def llama_of(model: LanguageModel, stop: int | None = None) -> nn.Module:
+    """transformers' Llama with the weights of our model. stop: the token that ends an answer, and pads."""
+    peer = llama(**model.settings, stop=stop)
+    weights = {hugging_face_name(name): value for name, value in model.state_dict().items()}
+    missing, unexpected = peer.load_state_dict(weights, strict=False)
+    assert missing == ["lm_head.weight"] and not unexpected, (missing, unexpected)  # the head is the embedding again
+    return peer
+
+
+def llama(
+    vocab_size: int,
+    width: int,
+    layers: int,
+    heads: int,
+    key_value_heads: int,
+    feed_forward_width: int,
+    rope_base: float = 10000.0,
+    epsilon: float = 1e-5,
+    stop: int | None = None,
+) -> nn.Module:
+    """transformers' Llama with the sizes of a LanguageModel, and its own random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        intermediate_size=feed_forward_width,
+        rms_norm_eps=epsilon,
+        rope_parameters={"rope_type": "default", "rope_theta": rope_base},
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=stop,
+        pad_token_id=stop,
+    )
+    return LlamaForCausalLM(config).eval()

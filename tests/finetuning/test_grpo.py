@@ -1,9 +1,7 @@
 """GRPO, documented and published: by hand, by exact enumeration, in the limits, against TRL."""
 
 import itertools
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,13 +18,8 @@ from mini_impl.finetuning.grpo import (
 )
 from mini_impl.finetuning.policy import advantages
 from mini_impl.losses import LossTerms, NonFiniteLoss
+from tests.finetuning.test_policy import BY, f64, golden
 from tests.tensors import random, same
-
-GOLDEN = Path(__file__).parents[1] / "golden" / "policy.json"
-
-
-def f64(values):
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def gradient(value, of):
@@ -75,9 +68,7 @@ def test_a_group_as_the_set_that_the_documented_sum_runs_over():
         same(loss.total.detach(), (q * (old - logprobs + rewards / 0.7)).sum(1).mean().detach())
         same(gradient(loss.total, logprobs), -q / 2)
     everything = torch.ones(2, 4, dtype=torch.bool)
-    assert torch.equal(
-        target_distribution(old, rewards, 1.0, distinct=everything), target_distribution(old, rewards, 1.0)
-    )
+    same(target_distribution(old, rewards, 1.0, distinct=everything), target_distribution(old, rewards, 1.0), 0)
 
 
 groups = st.tuples(st.integers(1, 3), st.integers(2, 6), st.floats(0.05, 20), st.integers(0, 10**6))
@@ -263,9 +254,9 @@ def test_what_stands_beside_the_answers_is_not_read(kl_gradient):
         loss.total.backward()
         assert old.grad is None and ref.grad is None
         results.append((loss.total.detach(), logprobs.grad))
-    for loss, slopes in results:
-        assert torch.equal(loss, results[0][0]) and torch.equal(slopes, results[0][1])
-    assert torch.equal(slopes != 0, mask.bool())
+    for loss_and_slopes in results:
+        same(loss_and_slopes, results[0], 0)
+    assert torch.equal(logprobs.grad != 0, mask.bool())
 
 
 def test_the_loss_is_0_at_first_and_its_gradient_is_not():
@@ -377,18 +368,13 @@ def test_the_bridge_from_documented_to_published():
 def test_gradcheck(case):
     logprobs, old, rewards, temperature = case_of(case)
     for weights in ("documented", "corrected"):
-        assert torch.autograd.gradcheck(
-            lambda x, weights=weights: documented_loss(x - 1, old, rewards, temperature, weights).total, (logprobs,)
-        )
+        given = old, rewards, temperature, weights
+        assert torch.autograd.gradcheck(lambda x, given=given: documented_loss(x - 1, *given).total, (logprobs,))
     assert torch.autograd.gradcheck(lambda x: contrastive_loss(x - 1, old, rewards, temperature).total, (logprobs,))
     near, scores = (old - 1.05).requires_grad_(), rewards[:, 0]
     for by, limit, kl in (("sequence", None, "plain"), ("token", None, "weighted"), ("length", 9, "plain")):
-        assert torch.autograd.gradcheck(
-            lambda x, by=by, limit=limit, kl=kl: (
-                published_loss(x, old - 1, scores, torch.ones_like(old), old - 2, 0.2, 0.2, 0.3, by, limit, kl).total
-            ),
-            (near,),
-        )
+        given = old - 1, scores, torch.ones_like(old), old - 2, 0.2, 0.2, 0.3, by, limit, kl
+        assert torch.autograd.gradcheck(lambda x, given=given: published_loss(x, *given).total, (near,))
 
 
 def test_rewards_and_the_old_policy_carry_no_gradient():
@@ -404,27 +390,14 @@ def test_rewards_and_the_old_policy_carry_no_gradient():
     assert not documented_loss(logprobs, old, rewards, 1.0).terms["reward"].requires_grad
 
 
-golden = json.loads(GOLDEN.read_text())
-BY = {"grpo": "sequence", "bnpo": "token", "dapo": "token", "dr_grpo": "length"}  # TRL's name -> ours
-
-
 @pytest.mark.parametrize("case", golden["trl"], ids=lambda case: f"{case['loss_type']}-{case['beta']}")
 def test_parity_with_trl(case):
     """Golden numbers made by tests/golden/make_policy.py."""
-    by = BY[case["loss_type"]]
-    logprobs = f64(case["logprobs"]).requires_grad_()
-    loss = published_loss(
-        logprobs,
-        f64(case["old_logprobs"]),
-        f64(case["advantages"]),
-        torch.tensor(case["mask"]),
-        f64(case["ref_logprobs"]) if case["beta"] else None,
-        *golden["clip"],
-        kl_weight=case["beta"],
-        reduce_by=by,
-        max_length=golden["max_length"] if by == "length" else None,
-        kl_gradient="weighted" if case["weighted"] else "plain",
-    )
+    by, beta, kl_gradient = BY[case["loss_type"]], case["beta"], "weighted" if case["weighted"] else "plain"
+    logprobs, old, ref = (f64(case[name]) for name in ("logprobs", "old_logprobs", "ref_logprobs"))
+    given = logprobs.requires_grad_(), old, f64(case["advantages"]), torch.tensor(case["mask"]), ref if beta else None
+    limit = golden["max_length"] if by == "length" else None
+    loss = published_loss(*given, *golden["clip"], beta, by, limit, kl_gradient)
     assert loss.total.item() == pytest.approx(case["loss"], rel=1e-13, abs=1e-14)
     same(gradient(loss.total, logprobs), f64(case["gradient"]), 1e-14)
 
@@ -450,35 +423,23 @@ OLD = torch.full((2, 3), -1.0)
 REWARDS = torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
 SCORES, ONES = torch.ones(2), torch.ones(2, 3)
 bad = [
-    (lambda f: f(OLD, OLD, REWARDS[:, :0], 1.0), ValueError, r"rewards.*\[prompt, group\], no axis empty.*\[2, 0\]"),
     (lambda f: f(OLD[:, :1], OLD[:, :1], REWARDS[:, :1], 1.0), ValueError, "at least 2 answers a group"),
     (lambda f: f(OLD, OLD, REWARDS[0], 1.0), ValueError, r"rewards.*\[prompt, group\].*got shape \[3\]"),
-    (lambda f: f(OLD, OLD, REWARDS / 0, 1.0), ValueError, "rewards must hold finite numbers only"),
-    (lambda f: f(OLD, OLD, REWARDS * math.nan, 1.0), ValueError, "rewards must hold finite.*6 of its 6 are NaN"),
     (lambda f: f(OLD, OLD, REWARDS.long(), 1.0), TypeError, "rewards.*got dtype torch.int64"),
     (lambda f: f(OLD, OLD, REWARDS, 0.0), ValueError, "temperature must be.*greater than 0; got 0"),
-    (lambda f: f(OLD, OLD, REWARDS, -1.0), ValueError, "temperature must be.*greater than 0; got -1"),
-    (lambda f: f(OLD, OLD, REWARDS, math.nan), ValueError, "temperature.*got nan"),
-    (lambda f: f(OLD, OLD, REWARDS, "1"), TypeError, "temperature.*got '1'"),
     (lambda f: f(OLD, OLD, REWARDS, 1e-45), ValueError, "rewards / temperature must hold finite numbers"),
     (lambda f: f(OLD, OLD[:1], REWARDS, 1.0), ValueError, r"old_logprobs and rewards must.*got \[1, 3\]"),
-    (lambda f: f(OLD, OLD[:, :2], REWARDS, 1.0), ValueError, "old_logprobs and rewards must have one shape"),
     (lambda f: f(OLD, OLD + 2, REWARDS, 1.0), ValueError, "old_logprobs must be logarithms of probabilities.*got 1"),
     (lambda f: f(OLD, OLD / 0, REWARDS, 1.0), ValueError, "old_logprobs must hold finite numbers only"),
-    (lambda f: f(OLD, OLD.double(), REWARDS, 1.0), TypeError, "old_logprobs and rewards must have one dtype"),
 ]  # fmt: skip
-functions = {
-    "target": lambda logprobs, *rest: target_distribution(*rest),
-    "documented": documented_loss,
-    "contrastive": contrastive_loss,
-}
+functions = [lambda logprobs, *rest: target_distribution(*rest), documented_loss, contrastive_loss]
 
 
-@pytest.mark.parametrize("name", functions)
+@pytest.mark.parametrize("function", functions, ids=["target", "documented", "contrastive"])
 @pytest.mark.parametrize(("call", "error", "says"), bad)
-def test_bad_groups_are_named(name, call, error, says):
+def test_bad_groups_are_named(function, call, error, says):
     with pytest.raises(error, match=says):
-        call(functions[name])
+        call(function)
 
 
 @pytest.mark.parametrize("loss", [documented_loss, contrastive_loss])
@@ -497,18 +458,14 @@ def test_a_bad_new_policy_is_named(loss):
         (lambda: documented_loss(OLD, OLD, REWARDS, 1.0, "snis"), ValueError, "weights must be one of 'documented'"),
         (lambda: documented_loss(3e38 * OLD, OLD, REWARDS, 1.0).values(), NonFiniteLoss, "term 'log_ratio'.*is inf"),
         (lambda: sequence_logprobs(OLD, ONES, 3), ValueError, "a multiple of group_size; got 2"),
-        (lambda: sequence_logprobs(OLD, ONES, 0), ValueError, "group_size must be at least 1; got 0"),
         (lambda: sequence_logprobs(OLD + 2, ONES, 2), ValueError, "logprobs must be logarithms.*got 1"),
         (lambda: sequence_logprobs(OLD, 0 * ONES, 2), ValueError, r"mask counts no token of the rows \[0, 1\]"),
         (lambda: published_loss(OLD, OLD, SCORES, ONES * torch.tensor([[1], [0]])), ValueError, r"of the rows \[1\]"),
         (lambda: published_loss(OLD, OLD, SCORES, ONES[:, :2]), ValueError, "mask and logprobs must have one shape"),
-        (lambda: published_loss(OLD, OLD, SCORES, 2 * ONES), ValueError, "mask must be.*got other numbers"),
         (lambda: published_loss(OLD, OLD[:1], SCORES, ONES), ValueError, "must have one shape"),
         (lambda: published_loss(OLD, OLD, SCORES[:1], ONES), ValueError, "advantages and the first tokens of logprobs"),
         (lambda: published_loss(OLD, OLD, SCORES / 0, ONES), ValueError, "advantages must hold finite numbers"),
-        (lambda: published_loss(OLD, OLD, REWARDS, ONES), ValueError, r"advantages.*\[sequence\].*shape \[2, 3\]"),
         (lambda: published_loss(OLD + 2, OLD, SCORES, ONES), ValueError, "logprobs must be logarithms.*got 1"),
-        (lambda: published_loss(OLD / 0, OLD, SCORES, ONES), ValueError, "logprobs must hold finite numbers"),
         (lambda: published_loss(OLD, 99 * OLD, SCORES, ONES), NonFiniteLoss, r"the ratio pi / pi_old.*got e\^98"),
         (lambda: published_loss(OLD, OLD, SCORES, ONES, kl_weight=0.1), ValueError, "kl_weight 0.1 needs.*None"),
         (lambda: published_loss(OLD, OLD, SCORES, ONES, OLD, kl_weight=-1), ValueError, "kl_weight.*at least 0"),
@@ -521,7 +478,6 @@ def test_a_bad_new_policy_is_named(loss):
         (lambda: target_distribution(OLD, REWARDS, 1.0, distinct=ONES), ValueError, "distinct must be a bool tensor"),
         (lambda: documented_loss(OLD, OLD, REWARDS, 1.0, distinct=ONES == 0), ValueError, r"rows \[0, 1\]"),
         (lambda: first_of_each(OLD, ONES, 2), TypeError, "completion must be a tensor of token ids"),
-        (lambda: published_loss(OLD.numpy(), OLD, SCORES, ONES), TypeError, "logprobs must be.*got ndarray"),
         (lambda: published_loss(OLD, OLD, SCORES, None), TypeError, "mask must be.*got NoneType"),
     ],
 )  # fmt: skip
@@ -535,8 +491,6 @@ def test_bad_input_is_named(call, error, says):
 def test_no_silent_nan(seed, value):
     rewards = random(2, 3, seed=seed)
     rewards.view(-1)[seed % 6] = value
-    for call in (documented_loss, contrastive_loss):
+    for function in (*functions, lambda logprobs, old, rewards, temperature: advantages(rewards)):
         with pytest.raises(ValueError, match=r"rewards.*1 of its 6 are NaN or infinite"):
-            call(OLD.double(), OLD.double(), rewards, 1.0)
-    with pytest.raises(ValueError, match=r"rewards.*1 of its 6 are NaN or infinite"):
-        advantages(rewards)
+            function(OLD.double(), OLD.double(), rewards, 1.0)

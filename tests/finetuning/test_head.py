@@ -36,63 +36,60 @@ def plain(hidden, weight, tokens, temperature=1.0):
     return (hidden @ weight.T / temperature).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 
 
-heads = st.tuples(
-    st.lists(st.integers(1, 4), min_size=1, max_size=3),
-    st.integers(1, 5),
-    st.integers(1, 7),
-    st.floats(0.1, 5),
-    st.integers(1, 30),
-    st.sampled_from([(True, True), (True, False), (False, True)]),
-    st.integers(0, 10**6),
-)
+@st.composite
+def heads(draw):
+    """(hidden, weight, tokens), temperature, chunk, seed; with a gradient by hidden, by weight, or by both."""
+    shape, seed = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)), draw(st.integers(0, 10**6))
+    width, vocabulary = draw(st.integers(1, 5)), draw(st.integers(1, 7))
+    trained = draw(st.sampled_from([(True, True), (True, False), (False, True)]))
+    hidden, weight = 2 * random(*shape, width, seed=seed), random(vocabulary, width, seed=seed + 1)
+    hidden.requires_grad_(trained[0]), weight.requires_grad_(trained[1])
+    given = hidden, weight, whole(vocabulary, *shape, seed=seed)
+    return given, draw(st.floats(0.1, 5)), draw(st.integers(1, 30)), seed
 
 
-@given(heads)
+def example(*shape, vocabulary, width=4):
+    """(hidden, weight, tokens), with a gradient by both."""
+    hidden, weight = random(*shape, width), random(vocabulary, width, seed=1)
+    return hidden.requires_grad_(), weight.requires_grad_(), whole(vocabulary, *shape)
+
+
+def slopes(value, inputs, upstream=None):
+    return torch.autograd.grad(value, [value for value in inputs if value.requires_grad], upstream)
+
+
+@given(heads())
 @settings(max_examples=60)
 def test_head_logprobs_against_the_plain_head(case):
-    shape, width, vocabulary, temperature, chunk, trained, seed = case
-    inputs = [2 * random(*shape, width, seed=seed), random(vocabulary, width, seed=seed + 1)]
-    inputs = [value.requires_grad_(wanted) for value, wanted in zip(inputs, trained, strict=True)]
-    tokens, upstream = whole(vocabulary, *shape, seed=seed), random(*shape, seed=seed + 2)
-    ours, theirs = head_logprobs(*inputs, tokens, temperature, chunk), plain(*inputs, tokens, temperature)
+    inputs, temperature, chunk, seed = case
+    ours, theirs = head_logprobs(*inputs, temperature, chunk), plain(*inputs, temperature)
     same(ours, theirs)
     assert ours.max() <= 0
-    with_gradient = [value for value in inputs if value.requires_grad]
-    for one, other in zip(
-        torch.autograd.grad(ours, with_gradient, upstream), torch.autograd.grad(theirs, with_gradient, upstream),
-        strict=True,
-    ):  # fmt: skip
-        same(one, other, 1e-10)
+    upstream = random(*ours.shape, seed=seed + 2)
+    same(slopes(ours, inputs, upstream), slopes(theirs, inputs, upstream), 1e-10)
 
 
-@given(heads)
+@given(heads())
 @settings(max_examples=60)
 def test_head_loss_against_the_plain_head(case):
     """With a loss that bends: the clipped one, every token with a weight of its own; scaled after, as a total is."""
-    shape, width, vocabulary, temperature, chunk, trained, seed = case
-    inputs = [2 * random(*shape, width, seed=seed), random(vocabulary, width, seed=seed + 1)]
-    inputs = [value.requires_grad_(wanted) for value, wanted in zip(inputs, trained, strict=True)]
-    tokens = whole(vocabulary, *shape, seed=seed)
-    old = plain(*inputs, tokens, temperature).detach() + 0.3 * random(*shape, seed=seed + 2)
-    advantage, weights = random(2, *shape, seed=seed + 3)
+    inputs, temperature, chunk, seed = case
+    theirs = plain(*inputs, temperature)
+    old = theirs.detach() + 0.3 * random(*theirs.shape, seed=seed + 2)
+    advantage, weights = random(2, *theirs.shape, seed=seed + 3)
 
     def loss(logprobs, part):
         ratio = (logprobs - old[part]).exp()
         clipped = ratio.clamp(0.8, 1.28)
         return -weights[part] * torch.minimum(ratio * advantage[part], clipped * advantage[part])
 
-    ours = 3 * head_loss(*inputs, tokens, loss, temperature, chunk)
-    theirs = 3 * loss(plain(*inputs, tokens, temperature), slice(None)).sum()
+    ours, theirs = 3 * head_loss(*inputs, loss, temperature, chunk), 3 * loss(theirs, slice(None)).sum()
     same(ours, theirs)
-    with_gradient = [value for value in inputs if value.requires_grad]
-    for one, other in zip(
-        torch.autograd.grad(ours, with_gradient), torch.autograd.grad(theirs, with_gradient), strict=True
-    ):
-        same(one, other, 1e-10)
+    same(slopes(ours, inputs), slopes(theirs, inputs), 1e-10)
 
 
 def test_the_example_of_head_loss_is_the_published_loss():
-    hidden, weight, tokens = random(3, 5, 4).requires_grad_(), random(7, 4, seed=1).requires_grad_(), whole(7, 3, 5)
+    hidden, weight, tokens = example(3, 5, vocabulary=7)
     old = plain(hidden, weight, tokens).detach() + 0.2 * random(3, 5, seed=2)
     old, scores, mask = old.clamp(max=0), random(3, seed=3), torch.arange(5) < torch.tensor([[5], [1], [3]])
     weights = token_weights(mask, by="sequence", dtype=torch.float64)
@@ -103,14 +100,11 @@ def test_the_example_of_head_loss_is_the_published_loss():
     )  # fmt: skip
     theirs = reduce(token_loss(plain(hidden, weight, tokens), old, scores, 0.2, 0.28), mask, "sequence")
     same(ours, theirs)
-    for one, other in zip(
-        torch.autograd.grad(ours, (hidden, weight)), torch.autograd.grad(theirs, (hidden, weight)), strict=True
-    ):
-        same(one, other)
+    same(slopes(ours, (hidden, weight)), slopes(theirs, (hidden, weight)))
 
 
 def test_heads_gradcheck():
-    hidden, weight, tokens = random(2, 3, 4).requires_grad_(), random(5, 4, seed=1).requires_grad_(), whole(5, 2, 3)
+    hidden, weight, tokens = example(2, 3, vocabulary=5)
     assert torch.autograd.gradcheck(lambda h, w: head_logprobs(h, w, tokens, 0.7, chunk=4), (hidden, weight))
 
     def loss(h, w):
@@ -129,7 +123,7 @@ def test_heads_gradcheck():
 
 def test_logits_that_fit_into_one_chunk_are_made_at_once(monkeypatch):
     """There is nothing to save then: the numbers, and the second derivative, are those of the plain head."""
-    hidden, weight, tokens = random(2, 3, 4).requires_grad_(), random(5, 4, seed=1).requires_grad_(), whole(5, 2, 3)
+    hidden, weight, tokens = example(2, 3, vocabulary=5)
     at_once = head_logprobs(hidden, weight, tokens)
     assert torch.equal(at_once, token_logprobs(hidden @ weight.T, tokens))
     torch.autograd.grad(torch.autograd.grad(at_once.sum(), hidden, create_graph=True)[0].sum(), weight)
@@ -159,19 +153,16 @@ def test_the_logits_are_never_held():
 
 
 def test_what_the_chunked_heads_do_not_offer_is_said():
-    hidden, weight, tokens = random(2, 3, 4).requires_grad_(), random(5, 4, seed=1).requires_grad_(), whole(5, 2, 3)
+    hidden, weight, tokens = example(2, 3, vocabulary=5)
     logprobs = head_logprobs(hidden, weight, tokens, chunk=4)
     first = torch.autograd.grad(logprobs.sum(), (hidden, weight), retain_graph=True)
-    for one, other in zip(first, torch.autograd.grad(logprobs.sum(), (hidden, weight)), strict=True):
-        assert torch.equal(one, other)  # two backward passes are all right
+    same(first, slopes(logprobs.sum(), (hidden, weight)), 0)  # two backward passes are all right
     loss = head_loss(hidden, weight, tokens, lambda logprobs, part: -logprobs)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="head_loss has one backward pass"):
         loss.backward()
-    for once in (
-        head_logprobs(hidden, weight, tokens, chunk=4).sum(),
-        head_loss(hidden, weight, tokens, lambda x, _: -x),
-    ):
+    chunked = head_logprobs(hidden, weight, tokens, chunk=4).sum()
+    for once in (chunked, head_loss(hidden, weight, tokens, lambda logprobs, part: -logprobs)):
         with pytest.raises(RuntimeError, match=r"head_lo.* has no second derivative"):
             torch.autograd.grad(once, hidden, create_graph=True)
 
@@ -212,8 +203,7 @@ def test_parity_with_liger(case, built):
 
         loss = head_loss(hidden, weight, tokens, per_token, temperature)
     assert loss.item() == pytest.approx(case["loss"], rel=1e-5)  # Liger computes in float32
-    for ours, theirs in zip(torch.autograd.grad(loss, (hidden, weight)), ("hidden", "weight"), strict=True):
-        same(ours, f64(case[f"{theirs}_gradient"]), 1e-6)
+    same(slopes(loss, (hidden, weight)), (f64(case["hidden_gradient"]), f64(case["weight_gradient"])), 1e-6)
 
 
 # --- devices, bad input -----------------------------------------------------------------------------------------------
@@ -250,12 +240,7 @@ HEAD = (torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2, 3, dtype=torch.l
         (lambda: head_logprobs(*HEAD, temperature=0), ValueError, "temperature.*greater than 0; got 0"),
         (lambda: head_logprobs(*HEAD, chunk=0), ValueError, "chunk must be at least 1; got 0"),
         (lambda: head_logprobs(HEAD[0] / 0, *HEAD[1:]), NonFiniteLoss, "hidden states, head, or both.*6 of its 6"),
-        (lambda: head_logprobs(HEAD[0], HEAD[1] / 0, HEAD[2]), NonFiniteLoss, "hidden states, head, or both"),
-        (
-            lambda: head_loss(*HEAD, lambda logprobs, part: 0.0),
-            TypeError,
-            "what per_token returns must be a tensor; got float",
-        ),
+        (lambda: head_loss(*HEAD, lambda x, part: 0.0), TypeError, "per_token returns must be a tensor; got float"),
         (lambda: head_loss(*HEAD, lambda x, part: x.sum()), ValueError, r"per_token returned.*one shape; got \[\] and"),
         (lambda: head_loss(*HEAD, lambda x, part: x.detach()), ValueError, "must return a function of its logprobs"),
         (lambda: head_loss(*HEAD, lambda x, part: x / 0), NonFiniteLoss, "the loss per token.*6 of its 6"),

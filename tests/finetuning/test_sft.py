@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import nn
 
-from mini_impl.finetuning.language_model import LanguageModel, hugging_face_name
+from bench.weights import llama_of
+from mini_impl.finetuning.language_model import hugging_face_name
 from mini_impl.finetuning.sft import (
     LoRALinear,
     add_lora,
@@ -31,19 +32,17 @@ from mini_impl.finetuning.sft import (
     token_cross_entropy,
 )
 from mini_impl.losses import LossTerms, NonFiniteLoss
+from tests.finetuning import models
+from tests.finetuning.test_policy import f64
 from tests.tensors import random, same, whole
 
+FILES = ("adapter_config.json", "adapter_model.safetensors")
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "sft.json").read_text())
 
 
 def tiny(seed=0, dtype=torch.float64):
     """A language model with random weights, large enough for every part to matter."""
-    torch.manual_seed(seed)
-    model = LanguageModel(11, width=16, layers=2, heads=2, key_value_heads=1, feed_forward_width=6).to(dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return model.eval()
+    return models.small(seed, dtype, heads=2, key_value_heads=1, feed_forward_width=6)
 
 
 def shake(model, seed=0):
@@ -60,18 +59,14 @@ def shake(model, seed=0):
 
 
 def test_the_four_formulas_by_hand():
-    logits = torch.tensor([[0.0, math.log(3.0)], [math.log(7.0), 0.0]], dtype=torch.float64)
-    probabilities = softmax(logits)
-    torch.testing.assert_close(probabilities, torch.tensor([[0.25, 0.75], [0.875, 0.125]], dtype=torch.float64))
-    tokens = torch.tensor([1, 1])
-    expected = torch.tensor([math.log(4 / 3), math.log(8)], dtype=torch.float64)
-    torch.testing.assert_close(token_cross_entropy(probabilities, tokens), expected)
-    torch.testing.assert_close(log_sum_exp_loss(logits, tokens), expected)
-    both = torch.stack([expected, expected.flip(0)])  # [sentence, token]
-    mask = torch.tensor([[True, True], [True, False]])
-    means = [(math.log(4 / 3) + math.log(8)) / 2, math.log(8)]
-    assert sentence_mean(both, mask).tolist() == pytest.approx(means)
-    assert sentence_mean(both, mask.int()).tolist() == pytest.approx(means)
+    logits, tokens = f64([[0.0, math.log(3.0)], [math.log(7.0), 0.0]]), torch.tensor([1, 1])
+    probabilities, expected = softmax(logits), f64([math.log(4 / 3), math.log(8)])
+    same(probabilities, f64([[0.25, 0.75], [0.875, 0.125]]))
+    same(token_cross_entropy(probabilities, tokens), expected)
+    same(log_sum_exp_loss(logits, tokens), expected)
+    both, mask = torch.stack([expected, expected.flip(0)]), torch.tensor([[1, 1], [1, 0]])  # [sentence, token]
+    for counted in (mask, mask.bool()):
+        same(sentence_mean(both, counted), f64([(math.log(4 / 3) + math.log(8)) / 2, math.log(8)]))
 
 
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 6), st.integers(0, 10**6))
@@ -97,12 +92,11 @@ def test_where_the_first_form_ends_and_the_last_goes_on():
 
 def test_sentences_weigh_the_same_or_tokens_do():
     """Losses (log 4 - log 3) of three tokens and log 4 of one: the documented mean of means, the published mean."""
-    logits = torch.tensor([0.0, math.log(3.0)], dtype=torch.float64).expand(2, 3, 2)
+    logits = f64([0.0, math.log(3.0)]).expand(2, 3, 2)
     labels = torch.tensor([[1, 1, 1], [-100, -100, 0]])
     short, long = math.log(4), math.log(4 / 3)
     assert documented_loss(logits, labels).total.item() == pytest.approx((long + short) / 2)
     assert published_loss(logits, labels).total.item() == pytest.approx((3 * long + short) / 4)
-    assert documented_loss(logits, labels).terms.keys() == published_loss(logits, labels).terms.keys()
 
 
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 10**6))
@@ -114,10 +108,8 @@ def test_the_losses_against_the_formulas(batch, time, seed):
         [-logits[i, t].log_softmax(0)[y].item() for t, y in enumerate(row) if y != -100]
         for i, row in enumerate(labels.tolist())
     ]
-    assert documented_loss(logits, labels).total.item() == pytest.approx(
-        sum(sum(row) / len(row) for row in per_token) / batch
-    )
-    every = [loss for row in per_token for loss in row]
+    means, every = [sum(row) / len(row) for row in per_token], [loss for row in per_token for loss in row]
+    assert documented_loss(logits, labels).total.item() == pytest.approx(sum(means) / batch)
     assert published_loss(logits, labels).total.item() == pytest.approx(sum(every) / len(every))
     mine = labels.where(labels >= 0, 3)  # another mark for what does not count; 3 then counts nowhere
     if (mine != 3).any(1).all():
@@ -176,8 +168,7 @@ def test_lora_is_one_linear_map(batch, inputs, outputs, alpha, seed):
     torch.testing.assert_close(layer(x), expected)
     (layer(x) * slope).sum().backward()
     (dw,) = torch.autograd.grad((expected * slope).sum(), weight)
-    torch.testing.assert_close(layer.B.grad, s * dw @ layer.A.detach().T)
-    torch.testing.assert_close(layer.A.grad, s * layer.B.detach().T @ dw)
+    same((layer.B.grad, layer.A.grad), (s * dw @ layer.A.detach().T, s * layer.B.detach().T @ dw))
     assert layer.base.weight.grad is None and layer.base.bias.grad is None
 
 
@@ -330,12 +321,16 @@ def test_it_learns():
 
 def golden_model():
     """The Llama of the golden numbers, as ours."""
-    model = LanguageModel(
-        GOLDEN["model"]["vocabulary"], **{k: v for k, v in GOLDEN["model"].items() if k != "vocabulary"}
-    )
-    base = GOLDEN["base"]
-    model.load_state_dict({name: torch.tensor(base[hugging_face_name(name)]) for name in model.state_dict()})
-    return model.eval()
+    return models.golden_model(GOLDEN["model"], GOLDEN["base"])
+
+
+def matrices(model):
+    """A and B of each adapter, by PEFT's names."""
+    return {
+        f"base_model.model.{hugging_face_name(name)}.lora_{part}.weight": getattr(layer, part)
+        for name, layer in lora_layers(model).items()
+        for part in "AB"
+    }
 
 
 def golden_folder(case, folder):
@@ -356,20 +351,13 @@ def test_an_adapter_of_peft(case, tmp_path):
     loss = published_loss(logits[:, :-1], labels[:, 1:])  # shifted once, here
     assert loss.total.item() == pytest.approx(case["loss"], abs=1e-5)
     loss.total.backward()
-    found = {
-        f"base_model.model.{hugging_face_name(name)}.lora_{part}.weight": getattr(layer, part).grad
-        for name, layer in lora_layers(model).items()
-        for part in "AB"
-    }
+    found = {name: matrix.grad for name, matrix in matrices(model).items()}
     for name, gradient in case["gradients"].items():
         torch.testing.assert_close(found[name], torch.tensor(gradient), rtol=1e-4, atol=1e-5)
 
     save_adapter(model, tmp_path / "ours")
-    ours, theirs = (
-        load((tmp_path / folder / "adapter_model.safetensors").read_bytes()) for folder in ("ours", "theirs")
-    )
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    ours, theirs = (load((tmp_path / name / "adapter_model.safetensors").read_bytes()) for name in ("ours", "theirs"))
+    same(ours, theirs, 0)
     config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
     for name in ("peft_type", "r", "lora_alpha", "lora_dropout", "bias", "fan_in_fan_out", "target_modules"):
         assert config[name] == case["config"][name], name
@@ -383,11 +371,9 @@ def test_add_lora_is_that_of_peft(case, tmp_path):
     """Which layers, and the scale: the golden adapter's numbers, put in by hand."""
     tensors = load(base64.b64decode(case["weights"]))
     model = add_lora(golden_model(), case["targets"], case["rank"], case["alpha"])
-    assert len(tensors) == 2 * len(lora_layers(model))
-    for name, layer in lora_layers(model).items():
-        for part in "AB":
-            key = f"base_model.model.{hugging_face_name(name)}.lora_{part}.weight"
-            getattr(layer, part).data.copy_(tensors[key])
+    assert tensors.keys() == matrices(model).keys()
+    for name, matrix in matrices(model).items():
+        matrix.data.copy_(tensors[name])
     logits = model(torch.tensor(case["tokens"]))
     torch.testing.assert_close(logits, torch.tensor(case["logits"]), rtol=0, atol=2e-5)
 
@@ -399,35 +385,16 @@ def test_an_adapter_comes_back(alpha, tmp_path):
     again = load_adapter(tiny(), tmp_path / "new" / "folder")
     assert lora_layers(again).keys() == lora_layers(model).keys()
     assert torch.equal(again(tokens), model(tokens))
-    assert {n for n, p in again.named_parameters() if p.requires_grad} == {
-        n for n, p in model.named_parameters() if p.requires_grad
-    }
+    assert all(p.requires_grad == q.requires_grad for p, q in zip(again.parameters(), model.parameters(), strict=True))
     save_adapter(shake(model, seed=1), tmp_path / "new" / "folder")  # over the old one
     assert torch.equal(load_adapter(tiny(), tmp_path / "new" / "folder")(tokens), model(tokens))
-    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
+    assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == {*FILES}
 
 
 def golden_llama():
     """The same Llama as transformers has it."""
-    transformers = pytest.importorskip("transformers", reason="transformers is in the optional extra 'parity'")
-    sizes = GOLDEN["model"]
-    config = transformers.LlamaConfig(
-        vocab_size=sizes["vocabulary"],
-        hidden_size=sizes["width"],
-        num_hidden_layers=sizes["layers"],
-        num_attention_heads=sizes["heads"],
-        num_key_value_heads=sizes["key_value_heads"],
-        intermediate_size=sizes["feed_forward_width"],
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-    )
-    llama = transformers.LlamaForCausalLM(config).eval()
-    base = {name: torch.tensor(value) for name, value in GOLDEN["base"].items()}
-    llama.load_state_dict({**base, "lm_head.weight": base["model.embed_tokens.weight"]})
-    return llama
+    pytest.importorskip("transformers", reason="transformers is in the optional extra 'parity'")
+    return llama_of(golden_model())
 
 
 @pytest.mark.parametrize("alpha", [None, 8])
@@ -475,8 +442,7 @@ def test_one_layer_is_that_of_peft_to_the_bit(dtype):
     linear = nn.Linear(24, 16).to(dtype)
     ours = LoRALinear(copy.deepcopy(linear), rank=4, alpha=6)
     ours.B.data.normal_()
-    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["0"])
-    theirs = peft.get_peft_model(nn.Sequential(linear), config)
+    theirs = peft.get_peft_model(nn.Sequential(linear), peft.LoraConfig(r=4, lora_alpha=6, target_modules=["0"]))
     layer = theirs.base_model.model[0]
     layer.lora_A.default.weight.data.copy_(ours.A.data)
     layer.lora_B.default.weight.data.copy_(ours.B.data)
@@ -570,7 +536,6 @@ def test_adapters_of_several_ranks_are_not_stored(tmp_path):
     ("change", "says"),
     [
         (lambda config, tensors: config.update(peft_type="IA3"), "asks for peft_type='IA3'"),
-        (lambda config, tensors: config.update(use_dora=True), "asks for use_dora"),
         (lambda config, tensors: config.update(use_rslora=True, alpha_pattern={"q": 1}), "asks for .*rslora"),
         (lambda config, tensors: config.update(init_lora_weights="pissa"), "asks for init_lora_weights='pissa'"),
         (lambda config, tensors: config.update(r=2), r"lora_A.weight \[3, 16\], wants \[2, 16\]"),
@@ -594,7 +559,7 @@ def test_adapters_that_do_not_fit(change, says, tmp_path):
     assert not lora_layers(model) and all(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("name", FILES)
 def test_broken_files(name, tmp_path):
     folder = golden_folder(GOLDEN["cases"][0], tmp_path)
     (folder / name).write_bytes((folder / name).read_bytes()[:50])

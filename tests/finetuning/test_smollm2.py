@@ -80,9 +80,8 @@ def test_chat_prompts(tokenizer, case):
 def test_the_tokenizer_stops_where_the_authors_pad(tokenizer):
     assert tokenizer.eos_token_id == 2 and tokenizer.encode("<|im_end|>") == [2] and tokenizer.decode([2]) == ""
     assert tokenizer.vocab_size == 49152
-    assert len(tokenizer.chat_prompt("Hi")) - len(tokenizer.chat_prompt("Hi", "")) == len(
-        tokenizer.encode(smollm2.SYSTEM)
-    )
+    more = len(tokenizer.chat_prompt("Hi")) - len(tokenizer.chat_prompt("Hi", ""))
+    assert more == len(tokenizer.encode(smollm2.SYSTEM))
 
 
 @REAL
@@ -119,7 +118,6 @@ def test_the_model_is_ready_to_be_trained(model):
         (lambda t: t.chat_prompt("Hi", 3), TypeError, "what the system says must be a string; got int"),
         (lambda t: t.decode([1, 49152]), ValueError, "an id must be at most 49151; got 49152"),
         (lambda t: t.decode([-1]), ValueError, "an id must be at least 0; got -1"),
-        (lambda t: t.decode([1.0]), TypeError, "an id must be a whole number.*got 1.0"),
     ],
 )
 def test_bad_input_is_named(tokenizer, call, error, says):
@@ -185,12 +183,8 @@ def test_a_file_that_is_missing_or_broken(folder, name):
 def test_the_weights_of_another_model(small, folder):
     weights = {hugging_face_name(name): value for name, value in small.state_dict().items()}
     norm = weights.pop("model.norm.weight")
-    for other in (
-        weights,
-        weights | {"model.norm.weight": norm[:-1]},
-        weights | {"model.norm.weight": norm, "x": norm},
-    ):
-        save_file({name: value.clone() for name, value in other.items()}, folder / "model.safetensors")
+    for other in ({}, {"model.norm.weight": norm[:-1]}, {"model.norm.weight": norm, "x": norm.clone()}):
+        save_file(weights | other, folder / "model.safetensors")
         with pytest.raises(ValueError, match=r"(?s)holds other weights than those of SmolLM2-135M.*(norm\.weight|x)"):
             load_smollm2(folder)
 
@@ -230,10 +224,8 @@ def test_it_is_downloaded_once(hub, tmp_path):
     requests, _ = hub
     folder = download_smollm2()
     assert folder == tmp_path / "cache" / "mini_impl" / "SmolLM2-135M-Instruct"
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
-        "model.safetensors": b"weights",
-        "tokenizer.json": b"{}",
-    }
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert files == {"model.safetensors": b"weights", "tokenizer.json": b"{}"}
     assert download_smollm2() == folder and requests == ["/model.safetensors", "/tokenizer.json"]
 
 

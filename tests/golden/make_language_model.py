@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
+
+from bench.weights import llama
 
 
 def case(lengths: list[int], positions: list[int], rope_base: float, epsilon: float, **sizes: int) -> dict:
@@ -13,20 +14,8 @@ def case(lengths: list[int], positions: list[int], rope_base: float, epsilon: fl
 
     The peer's positions count from the first token of each row, as its `generate` counts them.
     """
-    config = LlamaConfig(
-        vocab_size=sizes["vocabulary"],
-        hidden_size=sizes["width"],
-        num_hidden_layers=sizes["layers"],
-        num_attention_heads=sizes["heads"],
-        num_key_value_heads=sizes["key_value_heads"],
-        intermediate_size=sizes["feed_forward_width"],
-        rope_parameters={"rope_type": "default", "rope_theta": rope_base},
-        rms_norm_eps=epsilon,
-        tie_word_embeddings=True,
-        attn_implementation="sdpa",
-    )
     torch.manual_seed(sizes["width"])
-    peer = LlamaForCausalLM(config).double().eval()
+    peer = llama(*sizes.values(), rope_base, epsilon).double()
     with torch.no_grad():
         for parameter in peer.parameters():  # norms too: at their start two of them could be swapped unseen
             parameter.add_(0.3 * torch.randn_like(parameter)).copy_(parameter.round(decimals=2))

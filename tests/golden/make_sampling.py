@@ -5,29 +5,16 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from bench.weights import llama
 
 VOCABULARY, STOP = 11, 7
 
 
-def llama(seed: int, **sizes: int) -> LlamaForCausalLM:
+def random_llama(seed: int, **sizes: int) -> transformers.LlamaForCausalLM:
     """A small one with random weights of three decimals, in float64."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=sizes["width"],
-        num_hidden_layers=sizes["layers"],
-        num_attention_heads=sizes["heads"],
-        num_key_value_heads=sizes["key_value_heads"],
-        intermediate_size=sizes["feed_forward_width"],
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=STOP,
-        pad_token_id=STOP,
-    )
-    model = LlamaForCausalLM(config).double().eval()
+    model = llama(VOCABULARY, **sizes, stop=STOP).double()
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -37,7 +24,7 @@ def llama(seed: int, **sizes: int) -> LlamaForCausalLM:
 
 def greedy(seed: int, prompts: list[list[int]], max_tokens: int, **sizes: int) -> dict:
     """Greedy completions of prompts padded on the left, and the log-probability of each of their tokens."""
-    model = llama(seed, **sizes)
+    model = random_llama(seed, **sizes)
     time = max(map(len, prompts))
     tokens = torch.tensor([[STOP] * (time - len(ids)) + ids for ids in prompts])
     present = torch.tensor([[0] * (time - len(ids)) + [1] * len(ids) for ids in prompts])

@@ -14,24 +14,15 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
+from bench.weights import llama
+
 SIZES = {"vocabulary": 19, "width": 16, "layers": 2, "heads": 4, "key_value_heads": 2, "feed_forward_width": 12}
 
 
-def llama() -> transformers.LlamaForCausalLM:
+def random_llama() -> transformers.LlamaForCausalLM:
     """A Llama whose weights are random, and the same at every call."""
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=SIZES["vocabulary"],
-        hidden_size=SIZES["width"],
-        num_hidden_layers=SIZES["layers"],
-        num_attention_heads=SIZES["heads"],
-        num_key_value_heads=SIZES["key_value_heads"],
-        intermediate_size=SIZES["feed_forward_width"],
-        rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-        tie_word_embeddings=True,
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = llama(*SIZES.values())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter)).copy_(parameter.round(decimals=3))
@@ -40,7 +31,7 @@ def llama() -> transformers.LlamaForCausalLM:
 
 def case(rank: int, alpha: int, targets: dict[str, str]) -> dict:
     """PEFT's adapter for the linear layers with these names (ours: theirs), and what it does to the Llama."""
-    model = get_peft_model(llama(), LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets.values())))
+    model = get_peft_model(random_llama(), LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets.values())))
     torch.manual_seed(rank)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -86,9 +77,7 @@ if __name__ == "__main__":
         "made by": "tests/golden/make_sft.py",
         "versions": {module.__name__: module.__version__ for module in (peft, transformers, torch)},
         "model": SIZES,
-        "base": {
-            name: parameter.tolist() for name, parameter in llama().named_parameters() if name != "lm_head.weight"
-        },
+        "base": {name: value.tolist() for name, value in random_llama().named_parameters() if name != "lm_head.weight"},
         "cases": [case(3, 6, attention), case(2, 2, others)],
     }
     Path(__file__).with_name("sft.json").write_text(json.dumps(golden) + "\n", encoding="utf-8")

