@@ -14,14 +14,15 @@ def fetch(url: str, name: str, sha256: str | None = None) -> Path:
 
     name: its place in the folder: "ETTh1.csv", "SmolLM2-135M-Instruct/tokenizer.json".
     sha256: of its content, where that is known; another content is refused.
-    If the environment variable MINI_IMPL_DATA is set, it is the folder, or the file itself; else the folder is the
-    user's cache, and the file is downloaded into it unless it is there. A download that was cut leaves nothing behind.
+    If the environment variable MINI_IMPL_DATA is set, it is the folder or, where its content can be told, the file
+    itself; else the folder is the user's cache, and the file is downloaded into it unless it is there. A download that
+    was cut leaves nothing behind.
     Raises FileNotFoundError if MINI_IMPL_DATA leads to no file, ValueError for another content, ConnectionError if the
     download fails.
     """
     if given := os.environ.get("MINI_IMPL_DATA"):
         path = Path(given).expanduser()
-        path = path / name if path.is_dir() else path
+        path = path / name if path.is_dir() or sha256 is None else path
         if not path.is_file():
             raise FileNotFoundError(f"MINI_IMPL_DATA is {given!r}, but there is no file {path}")
         if sha256 is not None:

@@ -86,4 +86,7 @@ def test_a_copy_of_ones_own(server, tmp_path, monkeypatch):
         path.write_bytes(CONTENT + b"\n")
         with pytest.raises(ValueError, match=r"is not a.csv as published"):
             fetch(f"{address}/a.csv", "a.csv", SHA256)
+    monkeypatch.setenv("MINI_IMPL_DATA", str(path))  # nothing says that this file is the one that is wanted
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*a\.csv/b\.bin"):
+        fetch(f"{address}/b.bin", "b.bin")
     assert not requests

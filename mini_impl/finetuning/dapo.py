@@ -267,8 +267,8 @@ def documented_loss(
     parameter, or AdaptiveThresholds, which take in the gradients of this step first. weights: p, [type].
     clip_penalty_weight: lambda_1, sampling_penalty_weight: lambda_2, both at least 0.
     L_clip sums over all entries, so lambda_1 means less in a small model. total.backward() differentiates through the
-    gradient (one Hessian-vector product): with it a step takes 2.75 to 3.2 times as long as a plain one; with
-    lambda_1 = 0 nothing of it is computed. Terms: "basic", "clip", "sampling".
+    gradient (one Hessian-vector product): a step takes about three times as long as a plain one; with lambda_1 = 0
+    nothing of it is computed. Terms: "basic", "clip", "sampling".
     Raises TypeError, ValueError, NonFiniteLoss; RuntimeError if the loss was computed by what has no second derivative,
     such as fused attention: compute it under `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
     Source: documented steps 1 to 4.

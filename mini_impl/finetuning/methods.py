@@ -19,7 +19,7 @@ from mini_impl import checks
 from mini_impl.finetuning import dapo, grpo, sft
 from mini_impl.finetuning.head import _head_logprobs
 from mini_impl.finetuning.language_model import LanguageModel
-from mini_impl.finetuning.policy import REDUCTIONS, advantages, no_nan
+from mini_impl.finetuning.policy import REDUCTIONS, advantages
 from mini_impl.finetuning.sampling import Rollout, _score, generate
 from mini_impl.finetuning.tasks import Task, examples
 from mini_impl.losses import LossTerms
@@ -322,7 +322,6 @@ class RewardMethod(Method):
             replayed = _answer(ref_model, self.task, stream.problems(self.task, kinds), temperature=0.0, seed=0)
         for _ in range(self.num_iterations):
             logprobs = _score(model, rollout, self.temperature, padded=padded)
-            checks.look(no_nan(logprobs))
             terms = loss(logprobs)
             if self.replay:
                 cross_entropy = -_score(model, replayed, padded=True).sum() / replayed.mask.sum()

@@ -208,6 +208,8 @@ def documented_loss(output: Output, target: Tensor, orthogonality_weight: float 
     """
     checks.forecast(output, target, cross_attention=((), "return_attention"))
     checks.instance("output.cross_attention", output.cross_attention, tuple, "a tuple of one matrix a layer")
+    for layer, matrix in enumerate(output.cross_attention):
+        checks.tensor(f"output.cross_attention[{layer}]", matrix, ..., "row", "column")
     checks.not_negative(orthogonality_weight=orthogonality_weight)
     return LossTerms.of(
         forecast=F.mse_loss(output.prediction, target),

@@ -635,6 +635,7 @@ def spoilt(place, value=math.nan):
         (lambda: called(BESIDE, SEEN.to("meta")), ValueError, "exogenous_mask and exogenous.*one device"),
         (lambda: made(endogenous=range(4))(GOOD, BESIDE, ONCE), ValueError, r"exogenous_mask counts no .*rows \[1\]"),
         (lambda: loss_with(TARGET), TypeError, "cross_attention must be a tuple of one matrix a layer; got Tensor"),
+        (lambda: loss_with((TARGET, TARGET[0, 0])), ValueError, r"cross_attention\[1\] must be.*\[.., row, column\]"),
         (lambda: loss_with((TARGET / 0,)).values(), NonFiniteLoss, "term 'orthogonality'.*nan"),
     ],
 )  # fmt: skip
