@@ -8,7 +8,7 @@ ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 fail = { echo "$(1)" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help book test check notebooks reproduce serve bench golden real-model constraints clean distclean
+.PHONY: help book test check notebooks reproduce serve bench fuzz kill golden real-model constraints clean distclean
 .NOTPARALLEL:
 
 help: ## list these commands
@@ -45,6 +45,12 @@ serve: ## show the built site on 127.0.0.1 (PORT=8000)
 bench: .venv/parity ## speed beside other people's implementations
 	.venv/bin/python -m bench
 	.venv/bin/python -m bench.finetuning
+
+fuzz: .venv/test ## call every public function with wrong arguments, 100000 times (four minutes)
+	$(ONE_THREAD) .venv/bin/python -m tests.fuzz --calls 100000
+
+kill: .venv/test ## kill trainings a hundred times, and see that they end as if nothing had happened (ten minutes)
+	.venv/bin/python -m tests.kill
 
 golden: .venv/parity real-model ## compute the numbers in tests/golden again with other people's implementations
 	for script in tests/golden/make_*.py; do PYTHONPATH=. .venv/bin/python $$script || exit 1; done

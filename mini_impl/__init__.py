@@ -2,7 +2,7 @@
 
 >>> import mini_impl
 >>> series = mini_impl.load_auckland()     # people an hour at seven places; load_csv(FILE) reads one of your own
->>> train, validation, test, scaler = mini_impl.prepare(series.values, (2400, 400, 400), history=48, horizon=24)
+>>> train, validation, test, scaler = mini_impl.prepare(series, (2400, 400, 400), history=48, horizon=24)
 >>> model = mini_impl.DLinear(history=48, horizon=24)
 >>> loss = mini_impl.forecasting.dlinear.documented_loss
 >>> training = mini_impl.fit(model, train, validation, loss, epochs=2, progress=False)
@@ -29,6 +29,6 @@ except PackageNotFoundError:  # a source tree that is not installed
 from mini_impl import finetuning, forecasting, results
 from mini_impl.finetuning import LanguageModel, add_lora, fine_tune, generate
 from mini_impl.forecasting import DLinear, ITransformer, PatchTST, TimesNet, TimeXer
-from mini_impl.forecasting import evaluate, fit, load_auckland, load_csv, prepare
+from mini_impl.forecasting import evaluate, fit, forecast, load, load_auckland, load_csv, prepare, save_csv
 
 __all__ = ["finetuning", "forecasting", "results"]  # what `help` lists; the names above are shown by their own wing

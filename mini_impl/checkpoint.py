@@ -1,28 +1,41 @@
-"""Trainings that go on where they were broken off: their state in one safetensors file, which is replaced in one step.
+"""Files that are whole or not there, and trainings that go on from them where they were broken off.
 
-One file, since two cannot be replaced at the same instant. No pickle: reading a checkpoint runs no code.
+A checkpoint is one safetensors file, since two cannot be replaced at the same instant. No pickle: reading it runs no
+code. It carries a checksum of all its bytes: one that was damaged is not taken for another model.
 """
 
+import errno
 import functools
+import glob
 import hashlib
 import json
 import os
+import secrets
+import signal
+import stat
+import sys
+import threading
+import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, ValuesView
+from collections.abc import Callable, Iterable, Iterator, ValuesView
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import mini_impl
 from mini_impl import checks
 from mini_impl.losses import NonFiniteLoss
 
-KEY = "mini_impl"  # a safetensors header holds {text: text}; ours is one entry, the JSON of the state
+KEY = "mini_impl"  # a safetensors header holds {text: text}; ours is one entry, the JSON of the checksum and the state
+BLANK = "0" * 64  # what stands in the place of the checksum while it is computed
+CHECKSUM = rb"{\"sha256\": \""  # what stands before it, as JSON in JSON
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -31,47 +44,98 @@ KEY = "mini_impl"  # a safetensors header holds {text: text}; ours is one entry,
 def write_bytes(path: Path | str, content: bytes) -> None:
     """Write a file so that at any instant the old one or the new one is there whole, never a part.
 
-    A link is followed; what is no ordinary file (/dev/null, say) is written to and not replaced.
+    The new one has the mode of the old. A link at `path` is followed; what is no ordinary file (/dev/null, say) is
+    written to and not replaced.
     """
     path = Path(path).resolve()
     if path.exists() and not path.is_file():
         path.write_bytes(content)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with _part(path) as part:
         with part.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
+
+
+@contextmanager
+def _part(path: Path) -> Iterator[Path]:
+    """A new empty file beside `path`, of a name that nobody else has, with its mode; removed at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    part.touch(exist_ok=False)
+    try:
+        if path.exists():
+            part.chmod(stat.S_IMODE(path.stat().st_mode))
+        yield part
     finally:
         part.unlink(missing_ok=True)
 
 
-def save_checkpoint(path: Path | str, tensors: dict[str, Tensor], state: dict) -> None:
-    """Write tensors and a JSON-able state to one file, atomically.
+def check_writable(name: str, path: Path | str) -> None:
+    """Try whether a file can be written there: to be known before a long computation, not after it.
 
-    Raises TypeError if the state holds something that JSON has no form for, ValueError if it holds NaN or infinity.
+    name: of the option that asks for it, for the message. Raises OSError.
     """
+    target = Path(path).resolve()
+    try:
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if target.is_file() or not target.exists():
+            with _part(target):
+                pass
+    except OSError as error:  # FileExistsError: a file is in the place of a folder
+        raise OSError(f"{name}: {path} cannot be written ({error.strerror})") from None
+
+
+def save_checkpoint(path: Path | str, tensors: dict[str, Tensor], state: dict) -> None:
+    """Write tensors and a JSON-able state to one file, atomically, with a checksum.
+
+    Raises TypeError if the state holds something that JSON has no form for, ValueError if it holds NaN or infinity;
+    OSError.
+    """
+    checks.instance("tensors", tensors, dict, "a dict of tensors by name")
     # Copies: safetensors takes no two tensors that share memory, as tied weights do.
     whole = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-    write_bytes(path, save(whole, metadata={KEY: json.dumps(state, allow_nan=False)}))
+    content = bytearray(save(whole, metadata={KEY: json.dumps({"sha256": BLANK, **state}, allow_nan=False)}))
+    place = content.index(CHECKSUM) + len(CHECKSUM)
+    content[place : place + 64] = _checksum(content, place).encode()
+    write_bytes(path, content)
+
+
+def _checksum(content: bytes | bytearray, place: int) -> str:
+    """The sha256 of a file whose checksum, which begins at `place`, is BLANK."""
+    digest = hashlib.sha256(content[:place])
+    digest.update(BLANK.encode())
+    digest.update(memoryview(content)[place + 64 :])
+    return digest.hexdigest()
 
 
 def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], dict]:
-    """Read (tensors, state), tensors on the CPU. Raises OSError for no file, ValueError for a file of another kind."""
-    with Path(path).open("rb"):  # Python says what is wrong with a path in better words than safetensors
-        pass
+    """Read (tensors, state), tensors on the CPU.
+
+    Raises OSError for no file; ValueError for a file of another kind, or one whose bytes have changed.
+    """
+    content = Path(path).read_bytes()
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-            state = (file.metadata() or {}).get(KEY)
+        tensors = load(content)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    state, place = header.get("__metadata__", {}).get(KEY), content.find(CHECKSUM) + len(CHECKSUM)
     if state is None:
         raise ValueError(f"{path} is a safetensors file, but not one that mini_impl wrote: its header has no {KEY!r}")
-    return tensors, json.loads(state)
+    if content[place : place + 64] != _checksum(content, place).encode():
+        raise ValueError(f"{path} is damaged: its checksum is not that of its bytes")
+    return tensors, {name: value for name, value in json.loads(state).items() if name != "sha256"}
+
+
+def check_weights(path: Path | str, weights: dict[str, Tensor], model: nn.Module) -> None:
+    """Raise ValueError unless the weights in a file are those of a model, which may be on the meta device."""
+    shapes, wanted = ({name: value.shape for name, value in part.items()} for part in (weights, model.state_dict()))
+    if shapes != wanted:
+        raise ValueError(f"{path} holds other weights than those of a {type(model).__name__} as it describes it")
 
 
 # --- a training and its file ------------------------------------------------------------------------------------------
@@ -80,28 +144,77 @@ def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], dict]:
 class Run:
     """A training and the file that it goes on from. Without a path nothing is kept, and there is nothing to go on from.
 
-    optimizer: Adam, whose memory is kept with what `save` is given.
+    with Run(path, optimizer, settings, save_every) as run: `run.restore` once, then `run.step` after every step.
+    optimizer: Adam, whose memory is kept with the rest.
     settings: {name: value} of what may not change in between: what JSON holds, and what `describe` has words for.
+    save_every: steps from one writing of the file to the next, beside those that the training asks for.
+
+    While it runs nobody else can train into the file: BlockingIOError. SIGTERM and the first Ctrl-C let the step end,
+    write the file, and then end the training, by SystemExit(143) and KeyboardInterrupt.
     """
 
-    def __init__(self, path: Path | str | None, optimizer: torch.optim.Optimizer, settings: dict):
-        self.path, self.optimizer = path, optimizer
+    def __init__(
+        self, path: Path | str | None, optimizer: torch.optim.Optimizer, settings: dict, save_every: int | None = None
+    ):
+        checks.integers(save_every=1 if save_every is None else save_every)
+        self.path, self.optimizer, self.save_every = (
+            None if path is None else Path(path).resolve(),
+            optimizer,
+            save_every,
+        )
         self.settings = {} if path is None else json.loads(json.dumps(settings, default=describe))
+        self.signal: int | None = None  # that asks the training to end
+        self.handlers: dict = {}
+
+    def __enter__(self) -> "Run":
+        if self.path is None:
+            return self
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(f"{self.path}.lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise BlockingIOError(f"{self.path} is in use: another training writes it now") from None
+        for part in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.part"):  # left by one that was killed
+            part.unlink(missing_ok=True)
+        if threading.current_thread() is threading.main_thread():  # Python takes signals there alone
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if (handler := signal.getsignal(number)) is not signal.SIG_IGN:
+                    self.handlers[number] = handler
+                    signal.signal(number, self._stop)
+        return self
+
+    def _stop(self, number: int, frame) -> None:
+        self.signal = number
+        signal.signal(number, self.handlers[number])  # a second one does not wait
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.path is not None:
+            self.lock.release()
+            Path(self.lock.lock_file).unlink(missing_ok=True)
 
     def restore(self, **wanted: int) -> tuple[dict[str, dict[str, Tensor]], dict] | None:
-        """(groups, state) as `save` was given them last, once Adam has its memory back; None if there is no file yet.
+        """(groups, state) as they were saved last, once Adam has its memory back; None if there is no file yet.
 
         wanted: epochs=10 or steps=100, how many the whole training is to have.
-        Raises ValueError for a file of another training, naming what differs, or of a longer one.
+        Raises ValueError for a file of another training, naming what differs, or of a longer one. Warns where only the
+        versions, the device or the number of threads differ: the bits may then be those of neither.
         """
-        if self.path is None or not Path(self.path).exists():
+        if self.path is None or not self.path.exists():
             return None
         tensors, state = load_checkpoint(self.path)
-        then = state.get("settings", {})
+        if not {"settings", "made_with", "done"} <= state.keys():
+            raise ValueError(f"{self.path} holds no training to go on from; give another file")
         for name, value in self.settings.items():
-            if then.get(name) != value:
-                differs = f"its {name} was {then.get(name)!r}, now it is {value!r}"
+            if (then := state["settings"].get(name)) != value:
+                differs = f"its {name} was {then!r}, now it is {value!r}"
                 raise ValueError(f"{self.path} is of another training: {differs}; delete it, or give another file")
+        for name, value in self._made_with().items():
+            if (then := state["made_with"].get(name)) != value:
+                result = "the result may differ in its last digits from a training without a break"
+                warnings.warn(f"{self.path} was written with {name} {then}, now it is {value}: {result}", stacklevel=3)
         for name, value in wanted.items():
             checks.integer(f"{name}, some of which {self.path} has already,", value, least=state["done"])
         groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -115,18 +228,36 @@ class Run:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": memory})
         return groups, state
 
-    def save(self, groups: dict[str, dict[str, Tensor]], *, done: int, **state) -> None:
-        """Replace the file by one with these tensors, {group: {name: tensor}}, and a state that JSON holds.
+    def _made_with(self) -> dict[str, str | int]:
+        """What may change the last bits of a training, beside its settings."""
+        device = self.optimizer.param_groups[0]["params"][0].device.type
+        threads = torch.get_num_threads()
+        return {"mini_impl": mini_impl.__version__, "torch": torch.__version__, "device": device, "threads": threads}
 
-        done: the epochs or steps that are behind.
+    def step(self, number: int, snapshot: Callable[[], tuple[dict, dict]], due: bool = False) -> None:
+        """After a step: replace the file if it is due, and end the training if a signal asked for it.
+
+        number: of steps that are behind. snapshot: returns what `save` is given, (groups, state).
         """
         if self.path is None:
             return
+        if due or self.signal is not None or (self.save_every is not None and number % self.save_every == 0):
+            self.save(*snapshot())
+        if self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.signal is not None:
+            raise SystemExit(128 + self.signal)
+
+    def save(self, groups: dict[str, dict[str, Tensor]], state: dict) -> None:
+        """Replace the file by one with these tensors, {group: {name: tensor}}, and a state that JSON holds.
+
+        state["done"]: the epochs or steps that are behind.
+        """
         memory = self.optimizer.state_dict()["state"]
         adam = {f"{number}/{name}": value for number, values in memory.items() for name, value in values.items()}
         groups = {**groups, "optimizer": adam}
         tensors = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
-        save_checkpoint(self.path, tensors, {"settings": self.settings, "done": done, **state})
+        save_checkpoint(self.path, tensors, {"settings": self.settings, "made_with": self._made_with(), **state})
 
 
 def describe(thing) -> object:
@@ -169,8 +300,9 @@ def _plain(thing) -> dict[str, str]:
 def trained_parameters(model: nn.Module, device: torch.device | str | None = None) -> dict[str, nn.Parameter]:
     """Put a model on a device (None: it stays where it is); return its parameters that need a gradient, by name.
 
-    Raises ValueError for a device that cannot be used, or if there is no such parameter.
+    Raises TypeError; ValueError for a device that cannot be used, or if there is no such parameter.
     """
+    checks.instance("model", model, nn.Module, "an nn.Module")
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained:
         raise ValueError("model has no parameter to train")
@@ -184,7 +316,9 @@ def progress_bar(passes: Iterable, what: str, progress: bool | None, **options) 
 
     options: tqdm's, such as initial and total.
     """
-    return tqdm(passes, what, leave=False, disable=None if progress is None else not progress, **options)
+    checks.choice("progress", progress, (None, True, False))
+    hidden = None if progress is None else not progress
+    return tqdm(passes, what, leave=False, disable=sys.stderr is None or hidden, **options)
 
 
 def note(curves: dict[str, list[float]], values: dict[str, float]) -> None:

@@ -87,10 +87,15 @@ def look(*requirements: Requirement) -> None:
         place += count
 
 
-def finite(name: str, value: Tensor, error: type[ValueError] = ValueError) -> Requirement:
-    """No NaN and no infinity, in any tensor of floats; else ValueError, or the given kind of it."""
+def finite(name: str, value: Tensor, error: type[ValueError] = ValueError, bound: float = math.inf) -> Requirement:
+    """No NaN and no infinity, in any tensor of floats, nor a number beyond a bound; else ValueError, or the given kind.
+
+    bound: how far from 0 a number may be.
+    """
 
     def judge(least: float, most: float) -> None:
+        if bound < max(-least, most) < math.inf:
+            raise error(f"{name} must hold numbers of at most {bound:.3g} in size; got {max(-least, most):.3g}")
         if not math.isfinite(least + most):
             bad = value.numel() - int(value.isfinite().sum())
             raise error(f"{name} must hold finite numbers only; {bad} of its {value.numel()} are NaN or infinite")
@@ -143,7 +148,7 @@ def known_ids(name: str, ids: Tensor, vocab_size: int) -> Requirement:
             wanted = f"{name} must hold token ids, whole numbers from 0 to {vocab_size - 1}"
             raise ValueError(f"{wanted}; got ids from {least:.0f} to {most:.0f}")
 
-    return Requirement(ids.aminmax(), judge)
+    return Requirement(ids.long().aminmax(), judge)
 
 
 # --- numbers and names ------------------------------------------------------------------------------------------------
@@ -163,17 +168,20 @@ def integer(name: str, value, least: int = 1, most: int | None = None, why: str 
     return int(value)
 
 
-def integers(least: int = 1, **values) -> None:
-    """Raise unless each of these is a whole number of at least `least`: integers(width=width, layers=layers)."""
-    for name, value in values.items():
-        integer(name, value, least)
+def integers(least: int = 1, **values) -> tuple[int, ...]:
+    """Return these as Python's whole numbers if each is at least `least`. Raises as integer does.
+
+    width, layers = integers(width=width, layers=layers): from here on a numpy.uint8 cannot overflow.
+    """
+    return tuple(integer(name, value, least) for name, value in values.items())
 
 
 def odd(name: str, value, most: int) -> int:
     """Return `value` if it is odd, at least 1 and at most `most`, the time steps to average. Raises as integer does."""
-    if integer(name, value) % 2 == 0:
-        raise ValueError(f"{name} must be odd, so that the average has a middle; got {value}")
-    return integer(name, value, most=most, why="as there are no more time steps")
+    if integer(name, value) % 2 == 0 or value > most:
+        largest = f"at most {most - (most + 1) % 2}, as there are {most} time steps"
+        raise ValueError(f"{name} must be odd, so that the average has a middle, and {largest}; got {value}")
+    return int(value)
 
 
 def divides(name: str, value, whole_name: str, whole) -> int:
@@ -273,7 +281,7 @@ def history(value, length: int, weight: Tensor, variables: int | None = None) ->
             made = "as the model was made for"
             raise ValueError(f"history must have {wanted} {axis}, {made}; got {list(value.shape)}")
     suits("history", value, weight)
-    look(finite("history", value))
+    look(finite("history", value, bound=torch.finfo(value.dtype).max ** 0.5 / value.shape[1]))  # squares are added up
 
 
 def forecast(output, target, **extra: tuple) -> None:

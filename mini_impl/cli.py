@@ -3,19 +3,29 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 
 import torch
 
 import mini_impl
-from mini_impl.checkpoint import write_bytes
+from mini_impl import checks
+from mini_impl.checkpoint import check_writable, write_bytes
+from mini_impl.finetuning import answer
 from mini_impl.finetuning import command as finetune
+from mini_impl.finetuning.sft import CONFIG
 from mini_impl.forecasting import command as forecast
+from mini_impl.forecasting import predict
 
 COMMANDS = {
     "forecast": (forecast, "train and test a forecaster"),
+    "predict": (predict, "the future of a series, by a forecaster that was kept"),
     "finetune": (finetune, "fine-tune a language model, and say what it gained and what it lost"),
+    "answer": (answer, "ask a language model that was kept"),
 }
-HERE = ("checkpoint", "json")  # options that say where files of this machine are: not part of a result
+TRAININGS = ("forecast", "finetune")
+# Options that say where files of this machine are: not part of a result. Those that are written are tried beforehand.
+READ, WRITTEN = ("csv", "data"), ("json", "checkpoint", "save", "adapter", "out")
+HERE = ("checkpoint", "save_every", "json", "save", "adapter")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -27,13 +37,15 @@ def main(arguments: list[str] | None = None) -> None:
     versions = {"mini_impl": mini_impl.__version__, "torch": torch.__version__}
     given = {name: value for name, value in vars(options).items() if name not in ("command", *HERE)}
     try:
+        _check_files(options)
+        checks.integer("--seed", getattr(options, "seed", 0), least=0, most=2**63 - 1)
         found = command.run(options)
-        settings = {**given, **found.pop("settings")}
+        settings = {**given, **found.pop("settings", {})}
         result = {"command": _without_files(arguments), "versions": versions, "settings": settings, **found}
-        command.report(result)
-        if options.json is not None:
+        if options.json is not None:  # first, as nobody may be there to read what is printed
             write_bytes(options.json, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
-    except (OSError, RuntimeError, TypeError, ValueError) as error:  # RuntimeError: torch's, for numbers out of range
+        command.report(result)
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:  # RuntimeError: torch's, out of range
         parser.exit(2, f"mini-impl: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "\nmini-impl: stopped; with --checkpoint FILE the same command would go on from there\n")
@@ -48,11 +60,24 @@ def make_parser() -> argparse.ArgumentParser:
         options = commands.add_parser(name, help=what, description=what, formatter_class=shows, allow_abbrev=False)
         command.add_options(options)
         options.add_argument("--device", default="cpu", help="cpu, cuda, mps")
-        options.add_argument(
-            "--checkpoint", metavar="FILE", help="go on from this file if it is there; replaced as it goes"
-        )
+        if name in TRAININGS:
+            options.add_argument("--checkpoint", metavar="FILE", help="go on from it if it is there; kept current")
+            options.add_argument("--save-every", type=int, metavar="STEPS", help="write the checkpoint so often too")
         options.add_argument("--json", metavar="OUT", help="write the result there too")
     return parser
+
+
+def _check_files(options: argparse.Namespace) -> None:
+    """Raise unless every file that is to be written can be, and is not one that is read, nor another one of them."""
+    places: dict[Path, str] = {}
+    for name in (*READ, *WRITTEN):
+        if (path := getattr(options, name, None)) is None:
+            continue
+        place = Path(path).resolve()
+        if (other := places.setdefault(place, name)) != name and not place.is_char_device():  # such as /dev/null
+            raise ValueError(f"--{other} and --{name} must be two files; got {path} for both")
+        if name in WRITTEN:
+            check_writable(f"--{name}", place / CONFIG if name == "adapter" else place)
 
 
 def _without_files(arguments: list[str]) -> list[str]:
@@ -60,7 +85,7 @@ def _without_files(arguments: list[str]) -> list[str]:
     command, rest = ["mini-impl"], iter(arguments)
     for argument in rest:
         option, equals, _ = argument.partition("=")
-        if option.removeprefix("--") not in HERE or not option.startswith("--"):
+        if option.removeprefix("--").replace("-", "_") not in HERE or not option.startswith("--"):
             command.append(argument)
         elif not equals:
             next(rest)  # its value

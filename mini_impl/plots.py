@@ -90,8 +90,10 @@ def curves(axes: Axes, values: Mapping[str, Sequence[float]], steps: Sequence[fl
     """Draw {label: [step]} as curves with a legend: the terms of a loss at each step, or series over time.
 
     steps: where they stand on the horizontal axis; 0, 1, 2, .. if None. Tensors may be on any device.
-    Raises ValueError, naming the curve, for a length other than that of steps, or for a value that is not finite.
+    Raises TypeError; ValueError, naming the curve, for another length than that of steps, or for NaN and infinity.
     """
+    checks.instance("axes", axes, Axes, "axes, as `figure` returns them")
+    checks.instance("values", values, Mapping, "a dict of curves by their labels")
     for label, curve in values.items():
         heights = _array(curve)
         where = np.arange(len(heights)) if steps is None else _array(steps)

@@ -14,18 +14,17 @@ KINDS = {
 }
 
 
-def parse_setting(text: str) -> tuple[str, bool | int | float | str | tuple[int, ...]]:
-    """NAME=VALUE; the value true, false, a number, a word, or several whole numbers with commas between them."""
+def parse_setting(text: str) -> tuple[str, bool | int | float | str | tuple[int, ...] | tuple[float, ...]]:
+    """NAME=VALUE; the value true, false, a number, a word, or several numbers with commas between them."""
     name, _, value = text.partition("=")
     if value in ("true", "false"):
         return name, value == "true"
     for kind in (int, float):
         try:
-            return name, kind(value)
+            numbers = tuple(map(kind, value.split(",")))
         except ValueError:
-            pass
-    if re.fullmatch(r"-?\d+(,-?\d+)+", value):
-        return name, tuple(map(int, value.split(",")))
+            continue
+        return name, numbers if len(numbers) > 1 else numbers[0]
     if re.fullmatch(r"\w+( \w+)*", value):
         return name, value
     raise argparse.ArgumentTypeError(f"wants NAME=VALUE such as trend_weight=0.5; got {text!r}")

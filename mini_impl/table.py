@@ -1,28 +1,52 @@
-"""Read a table of numbers from a CSV file; whatever is wrong with it is said with file, line and column."""
+"""Read a table of numbers, and their times, from a CSV file; whatever is wrong with it is said with file and line."""
 
 import csv
 import gzip
 import io
 import re
 import zlib
+from collections.abc import Callable
+from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 TIME_NAMES = {"date", "time", "datetime", "timestamp", "日期", "时间"}
 TIME = re.compile(r"\d[-/:年]\d")
+DAYS = ("%Y-%m-%d", "%Y/%m/%d", "%Y年%m月%d日", "%d.%m.%Y", "%m/%d/%Y", "%d/%m/%Y", "%Y-%m", "%Y/%m", "%Y年%m月")
+CLOCKS = ("", " %H:%M", " %H:%M:%S", " %H时", "%H时")
+FORMATS = (*map("".join, product(DAYS, CLOCKS)), "%H:%M", "%H:%M:%S")
 GZIP = b"\x1f\x8b"  # how every gzip file begins, whatever its name
+UNPACKED = 2**30  # bytes that a packed file may hold: a few kilobytes of gzip can fill any memory
 LARGEST = 3.4028234663852886e38  # the largest float32
+DAY = np.timedelta64(1, "D")
 
 
-def read_numbers(path: Path) -> tuple[tuple[str, ...], list[list[float]]]:
-    """The column names and the rows of numbers of a .csv or .csv.gz file: UTF-8, commas, names in the first line.
+class Table(NamedTuple):
+    """What a CSV file holds."""
 
-    A first column that holds the time is left out: it is called one of TIME_NAMES, or every cell looks like a time,
-    with digits joined by - / : or 年.
+    names: tuple[str, ...]  # of the columns of numbers
+    rows: list[list[float]]
+    time_name: str | None  # of the first column, if it holds the time
+    times: np.ndarray | None  # [row], datetime64[s] or float64, equally far apart
+
+
+def read_table(path: Path | str) -> Table:
+    """Read a .csv or .csv.gz file: UTF-8, commas, names in the first line.
+
+    A first column that is called one of TIME_NAMES, or in which every cell looks like a time, with digits joined by
+    - / : or 年, is the time: dates and clocks as ISO 8601 has them (with an offset: they become UTC) or by one of
+    FORMATS, or numbers. Rows must be equally far apart: so many seconds, months, or units of the numbers.
     Raises OSError for a path that is no file; ValueError for anything else that is wrong with the file.
     """
+    path = Path(path)
     names, rows = _read_cells(path)
     first = [cells[0].strip() for _, cells in rows]
+    time_name, times = None, None
     if names[0].lower() in TIME_NAMES or all(TIME.search(cell) and _number(cell) is None for cell in first):
+        time_name, times = names[0], _times(path, [line for line, _ in rows], first)
         names, rows = names[1:], [(line, cells[1:]) for line, cells in rows]
     if not names:
         raise ValueError(f"{path}: the only column is the time; at least one column of numbers is needed")
@@ -33,19 +57,111 @@ def read_numbers(path: Path) -> tuple[tuple[str, ...], list[list[float]]]:
         for name, cell, number in zip(names, cells, table[-1], strict=True):
             if number is None or not abs(number) <= LARGEST:  # NaN compares False
                 raise ValueError(f"{path}, line {line}, column {name!r}: wanted a finite number; got {cell!r}")
-    return names, table
+    for name, column in zip(names, np.array(table).T, strict=True):
+        steps = np.diff(column)
+        if len(steps) >= 9 and steps.min() > 0 and np.isclose(steps, np.median(steps), atol=0).mean() >= 0.9:
+            what = f"rises by {np.median(steps):g} from row to row, so it counts time and is nothing to forecast"
+            raise ValueError(
+                f"{path}, column {name!r}: it {what}; make it the first column and call it time, or drop it"
+            )
+    return Table(names, table, time_name, times)
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+def step_of(times: np.ndarray) -> np.timedelta64 | float | None:
+    """By how much each of times [row] is later than the one before; None if that differs, or is nothing.
+
+    Months where they are as long as months are: from a day of one to that of another, or between their last days.
+    """
+    steps = np.diff(times)
+    if times.dtype.kind == "f":
+        return float(steps[0]) if steps[0] > 0 and np.allclose(steps, steps[0], rtol=1e-6, atol=0) else None
+    if (steps == steps[0]).all() and steps[0] > np.timedelta64(0):
+        return steps[0]
+    months = np.diff(_months(times)[0]).astype(int)
+    regular = _months(times)[1] is not None and (months == months[0]).all() and months[0] > 0
+    return np.timedelta64(int(months[0]), "M") if regular else None
+
+
+def _months(times: np.ndarray) -> tuple[np.ndarray, np.timedelta64 | None]:
+    """The months of times, and how long after its beginning each is, negative for last days; None if that differs."""
+    for shift in (0 * DAY, DAY):
+        months = (times + shift).astype("M8[M]")
+        late = times - months.astype(times.dtype)
+        if (late == late[0]).all():
+            return months, late[0]
+    return months, None
+
+
+def times_after(times: np.ndarray, count: int) -> np.ndarray:
+    """The `count` times that follow times [row], in the same steps."""
+    step, further = step_of(times), np.arange(1, count + 1)
+    if isinstance(step, np.timedelta64) and np.datetime_data(step)[0] == "M":
+        months, late = _months(times)
+        return (months[-1] + further * step).astype(times.dtype) + late
+    return times[-1] + further * step
+
+
+def _times(path: Path, lines: list[int], cells: list[str]) -> np.ndarray:
+    """The column of time, [row]. Raises ValueError where it cannot be read, or is not equally far apart."""
+    readings = [_read_times(cells, read) for read in (_iso, *FORMATS, float)]
+    if (read := max(map(len, readings))) < len(cells):
+        raise ValueError(f"{path}, line {lines[read]}: wanted a time such as 2016-07-01 05:00; got {cells[read]!r}")
+    columns = [times for times in readings if len(times) == read]
+    columns = [np.array(times, "f8" if isinstance(times[0], float) else "M8[s]") for times in columns]
+    # 1/2/2016 can be read in two ways. The right one has no gaps, and its steps are rather days than months.
+    regular = [times for times in columns if step_of(times) is not None]
+    if regular:
+        return min(regular, key=lambda times: "months" in str(step_of(times)))
+    times = columns[0]
+    steps = np.diff(times)
+    kinds, counts = np.unique(steps, return_counts=True)
+    usual, zero = kinds[counts.argmax()], steps[0] * 0
+    bad = int((steps <= zero).argmax() if (steps <= zero).any() else (steps != usual).argmax())
+    what = "the same time as" if steps[bad] == zero else "earlier than"
+    if steps[bad] > zero:
+        what = f"not {usual.astype(object)} after"  # a timedelta, which Python writes as people do
+    said = f"{path}, line {lines[bad + 1]}: {cells[bad + 1]!r} is {what} {cells[bad]!r} on the line before"
+    raise ValueError(f"{said}; rows must be in order and equally far apart: sort them, fill gaps, drop what is twice")
+
+
+def _read_times(cells: list[str], read: Callable | str) -> list:
+    """The first cells, as many as can be read one way: by a function, or a format."""
+    times = []
+    for cell in cells:
+        try:
+            times.append(read(cell) if callable(read) else datetime.strptime(cell, read))
+        except ValueError:
+            break
+    return times
+
+
+def _iso(cell: str) -> datetime:
+    time = datetime.fromisoformat(cell)
+    return time if time.tzinfo is None else time.astimezone(UTC).replace(tzinfo=None)
+
+
+# --- cells ------------------------------------------------------------------------------------------------------------
 
 
 def _read_cells(path: Path) -> tuple[tuple[str, ...], list[tuple[int, list[str]]]]:
-    """The column names, and for each row its line number in the file and its cells: as many as there are names."""
+    """The column names, and for each row the line that it begins on and its cells: as many as there are names."""
     content = path.read_bytes()
+    rows, line = [], 1
     try:
-        packed = content.startswith(GZIP) or path.suffix == ".gz"
-        text = (gzip.decompress(content) if packed else content).decode("utf-8-sig")
-        reader = csv.reader(io.StringIO(text, newline=""))
-        rows = [(reader.line_num, cells) for cells in reader]
+        if content.startswith(GZIP) or path.suffix == ".gz":
+            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(UNPACKED + 1)
+        if len(content) > UNPACKED:
+            raise ValueError(f"{path} holds more than {UNPACKED >> 20} MB")
+        reader = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
+        for cells in reader:
+            rows.append((line, cells))
+            line = reader.line_num + 1
     except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} must be a CSV file in UTF-8, or one packed by gzip, whole; got: {error}") from error
+        where = f"from line {line} on, {error}" if isinstance(error, csv.Error) else error
+        raise ValueError(f"{path} must be a CSV file in UTF-8, or one packed by gzip, whole; got: {where}") from None
 
     while rows and not rows[-1][1]:  # blank lines at the end
         rows.pop()

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from mini_impl.checkpoint import describe, load_checkpoint, save_checkpoint, write_bytes
+from mini_impl.checkpoint import check_writable, describe, load_checkpoint, save_checkpoint, write_bytes
 from mini_impl.finetuning import tasks
 from mini_impl.finetuning.methods import METHODS
 from mini_impl.finetuning.train import fine_tune
@@ -56,6 +57,52 @@ def test_other_files_are_named(tmp_path):
         save_checkpoint(tmp_path / "nan", {}, {"loss": float("nan")})
 
 
+def test_every_flipped_bit_is_noticed(tmp_path):
+    save_checkpoint(tmp_path / "good", {"weight": random(3, 5), "bias": random(2)}, {"settings": {"sha256": '"'}})
+    content = bytearray((tmp_path / "good").read_bytes())
+    for place in range(len(content)):
+        content[place] ^= 1 << place % 8
+        (tmp_path / "bad").write_bytes(content)
+        with pytest.raises(ValueError, match=r"bad is (damaged|not a whole|a safetensors file, but not one)"):
+            load_checkpoint(tmp_path / "bad")
+        content[place] ^= 1 << place % 8
+    (tmp_path / "bad").write_bytes(content)
+    assert load_checkpoint(tmp_path / "bad")[1] == {"settings": {"sha256": '"'}}
+
+
+def test_files_are_written_beside_under_a_name_of_their_own(tmp_path, monkeypatch):
+    """The mode stays; a link that was planted is not followed; threads do not tear one another's file."""
+    path, planted = tmp_path / "run", tmp_path / "planted"
+    write_bytes(path, b"old")
+    path.chmod(0o600)
+    planted.write_bytes(b"mine")
+    monkeypatch.setattr("mini_impl.checkpoint.secrets.token_hex", lambda count: "known")
+    (tmp_path / ".run.known.part").symlink_to(planted)
+    with pytest.raises(FileExistsError):
+        write_bytes(path, b"new")
+    assert planted.read_bytes() == b"mine" and path.read_bytes() == b"old"
+    monkeypatch.undo()
+    write_bytes(path, b"new")
+    assert path.stat().st_mode & 0o777 == 0o600 and path.read_bytes() == b"new"
+
+    contents = [bytes([number]) * 100_000 for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda content: write_bytes(path, content), contents * 5))
+    assert path.read_bytes() in contents
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".run.known.part", "planted", "run"]
+
+
+def test_whether_a_file_can_be_written_is_known_before(tmp_path):
+    (tmp_path / "file").write_text("old")
+    for path in (tmp_path / "new" / "deep", tmp_path / "file", os.devnull):
+        check_writable("json", path)
+    assert (tmp_path / "file").read_text() == "old" and not (tmp_path / "new" / "deep").exists()
+    with pytest.raises(OSError, match=rf"json: {tmp_path} cannot be written \(it is a folder"):
+        check_writable("json", tmp_path)
+    with pytest.raises(OSError, match=r"json: .*x cannot be written"):
+        check_writable("json", tmp_path / "file" / "x")
+
+
 def test_links_are_followed_and_devices_stay(tmp_path):
     real, link = tmp_path / "real", tmp_path / "link"
     write_bytes(real, b"one")
@@ -79,6 +126,13 @@ class Dropped(nn.Module):
 
     def forward(self, history):
         return self.map(self.drop(history).mT).mT  # [batch, horizon, variable]
+
+
+def moved():
+    """Dropped with other first weights."""
+    model = Dropped()
+    nn.init.ones_(model.map.weight)
+    return model
 
 
 def test_two_settings_are_described_alike_if_they_do_the_same():
@@ -158,16 +212,66 @@ def test_a_broken_off_training_ends_in_the_same_bits(tmp_path, train, after):
     same(train(4, path, after=0), expected)  # nothing is left to do
 
 
-def test_what_is_in_the_file_decides_and_not_the_weights_of_the_model_given(tmp_path):
-    expected = forecasting(3)
+@pytest.mark.parametrize("after", [1, 4, 12, 25])
+def test_it_goes_on_within_an_epoch(tmp_path, after):
+    path = tmp_path / "run"
+    with pytest.raises(Stop):
+        forecasting(4, path, after, save_every=4)
+    if after >= 4:
+        state = load_checkpoint(path)[1]
+        assert state["done"] * 9 + state["step"] == max(after // 4 * 4, after // 9 * 9)
+        assert len(state["terms"]["error"]) == max(after // 4 * 4, after // 9 * 9)
+    same(forecasting(4, path), forecasting(4))
+
+
+@pytest.mark.parametrize(("number", "ends"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+@pytest.mark.parametrize(("train", "step"), [(forecasting, 12), (finetuning, 3)])
+def test_a_signal_lets_the_step_end_and_keeps_it(tmp_path, monkeypatch, number, ends, train, step):
+    """At the call of the optimiser's step; the handlers are then as before."""
+    before = signal.signal(number, signal.default_int_handler)
+    calls, one = itertools.count(1), torch.optim.Adam.step
+
+    def signalling(self):
+        if next(calls) == step:
+            signal.raise_signal(number)
+        one(self)
+
+    try:
+        with monkeypatch.context() as patch, pytest.raises(ends) as ended:
+            patch.setattr(torch.optim.Adam, "step", signalling)
+            train(4, tmp_path / "run")
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
+    assert ends is KeyboardInterrupt or ended.value.code == 143
+    state = load_checkpoint(tmp_path / "run")[1]
+    assert len(next(iter(state["terms"].values()))) == step
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]
+    same(train(4, tmp_path / "run"), train(4))
+
+
+def test_one_training_at_a_time_writes_a_file(tmp_path):
+    path, left = tmp_path / "run", tmp_path / ".run.0123.part"
+    left.touch()  # by one that was killed
+
+    def score(model, windows):
+        assert not left.exists()
+        with pytest.raises(BlockingIOError, match="run is in use: another training writes it now"):
+            forecasting(1, path)
+        return 0.0
+
+    forecasting(1, path, score=score)
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_may_change_the_last_bits_is_named(tmp_path, monkeypatch):
     forecasting(1, tmp_path / "run")
-
-    def moved():
-        model = Dropped()
-        nn.init.ones_(model.map.weight)
-        return model
-
-    same(forecasting(3, tmp_path / "run", model=moved), expected)
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 3)
+    with pytest.warns(
+        UserWarning, match=f"was written with threads {threads}, now it is {threads + 3}: the result may"
+    ):
+        forecasting(1, tmp_path / "run")
 
 
 @pytest.mark.parametrize("after", [3, 9, 12])
@@ -237,6 +341,7 @@ def test_killed_at_any_instant_it_goes_on(tmp_path, train, passes):
         (forecasting, {"patience": 1}, "its patience was 9, now it is 1"),
         (forecasting, {"shift": 0.5}, "its data was"),
         (forecasting, {"model": functools.partial(Dropped, 0.4)}, "its model was"),
+        (forecasting, {"model": moved}, "its first weights was"),
         (forecasting, {"score": lambda model, windows: 0.0}, "its score was 'forecast_mse', now it is '<lambda>'"),
         (finetuning, {"seed": 1}, "its seed was 0, now it is 1"),
         (finetuning, {"learning_rate": 0.5}, "its learning_rate was 0.001, now it is 0.5"),
@@ -251,15 +356,23 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path, train, change, wo
         train(2, tmp_path / "run", **change)
 
 
-@pytest.mark.parametrize(("train", "what"), [(forecasting, "epochs"), (finetuning, "steps")])
-def test_more_is_welcome_and_less_is_refused(tmp_path, train, what):
-    train(2, tmp_path / "run")
-    same(train(4, tmp_path / "run"), train(4))
-    with pytest.raises(ValueError, match=rf"{what}, some of which .*run has already, must be at least 4; got 3"):
-        train(3, tmp_path / "run")
+def test_more_steps_are_welcome_and_less_are_refused(tmp_path):
+    finetuning(2, tmp_path / "run")
+    same(finetuning(4, tmp_path / "run"), finetuning(4))
+    with pytest.raises(ValueError, match=r"steps, some of which .*run has already, must be at least 4; got 3"):
+        finetuning(3, tmp_path / "run")
+
+
+def test_more_epochs_are_another_training_as_the_learning_rate_knows_their_number(tmp_path):
+    forecasting(2, tmp_path / "run")
+    with pytest.raises(ValueError, match="run is of another training: its epochs was 2, now it is 4"):
+        forecasting(4, tmp_path / "run")
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
     save_checkpoint(tmp_path / "other", {"a": torch.zeros(1)}, {"other": 1})  # safetensors 0.4 reads none without
-    with pytest.raises(ValueError, match="other is of another training"):
-        train(4, tmp_path / "other")
+    with pytest.raises(ValueError, match="other holds no training to go on from"):
+        forecasting(4, tmp_path / "other")
 
 
 @pytest.mark.parametrize("train", [forecasting, finetuning])
@@ -268,7 +381,7 @@ def test_seconds_go_on_and_leave_breaks_out(tmp_path, train):
     tensors, state = load_checkpoint(tmp_path / "run")
     assert 0 < state["seconds"] <= first.seconds
     save_checkpoint(tmp_path / "run", tensors, state | {"seconds": 1000.0})
-    assert 1000 < train(4, tmp_path / "run")[1].seconds < 1060
+    assert 1000 <= train(2, tmp_path / "run")[1].seconds < 1060
 
 
 class Tied(nn.Module):
@@ -276,11 +389,16 @@ class Tied(nn.Module):
 
     def __init__(self):
         super().__init__()
+        torch.manual_seed(0)
         self.one, self.frozen = nn.Linear(24, 6), nn.Dropout(0.9).eval()
         self.two = self.one
 
     def forward(self, history):
         return (self.one(history.mT) + self.two(history.mT)).mT
+
+
+def test_numbers_of_numpy_are_welcome_in_both(tmp_path):
+    same(finetuning(np.int64(2), tmp_path / "run", seed=np.uint8(3)), finetuning(2, seed=3))
 
 
 def test_unusual_models_and_numbers_are_welcome(tmp_path):

@@ -163,7 +163,8 @@ def test_choice():
     ("value", "error", "words"),
     [
         (4, ValueError, "kernel_size must be odd, .*; got 4"),
-        (7, ValueError, "kernel_size must be at most 5, .*; got 7"),
+        (9, ValueError, "kernel_size must be odd, .* at most 5, as there are 5 time steps; got 9"),
+        (7, ValueError, "kernel_size must be odd, .* at most 5, as there are 5 time steps; got 7"),
         (-1, ValueError, "kernel_size must be at least 1"),
         (3.0, TypeError, "kernel_size must be a whole number"),
     ],

@@ -38,12 +38,11 @@ def server(tmp_path, monkeypatch):
     server.server_close()
 
 
-@pytest.mark.parametrize("sha256", [SHA256, None])
-def test_a_file_is_downloaded_once(server, tmp_path, sha256):
+def test_a_file_is_downloaded_once(server, tmp_path):
     address, requests, _ = server
-    path = fetch(f"{address}/a.csv", "folder/a.csv", sha256)
+    path = fetch(f"{address}/a.csv", "folder/a.csv", SHA256)
     assert path == tmp_path / "cache" / "mini_impl" / "folder" / "a.csv" and path.read_bytes() == CONTENT
-    assert fetch(f"{address}/a.csv", "folder/a.csv", sha256) == path and requests == ["/a.csv"]
+    assert fetch(f"{address}/a.csv", "folder/a.csv", SHA256) == path and requests == ["/a.csv"]
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -59,18 +58,29 @@ def test_a_wrong_or_cut_answer_leaves_nothing_on_disk(server, tmp_path):
     answer[:] = [b"something else", 0]
     with pytest.raises(ValueError, match=rf"is not a.csv as published: its sha256 is .*, not {SHA256}"):
         fetch(f"{address}/a.csv", "a.csv", SHA256)
-    answer[:] = [CONTENT, 10]
-    with pytest.raises(ConnectionError, match="could not download"):
-        fetch(f"{address}/a.csv", "a.csv")
+    answer[:] = [CONTENT[:-10], 10]
+    with pytest.raises((ConnectionError, ValueError), match=r"could not download|is not a.csv as published"):
+        fetch(f"{address}/a.csv", "a.csv", SHA256)
     with pytest.raises(ConnectionError, match="404"):
-        fetch(f"{address}/b.csv", "b.csv")
+        fetch(f"{address}/b.csv", "b.csv", SHA256)
+    assert not list(tmp_path.rglob("*.csv"))
+
+
+def test_a_download_has_a_limit_of_size_and_of_time(server, tmp_path, monkeypatch):
+    address, *_ = server
+    with pytest.raises(ConnectionError, match=r"could not download .*it is larger than 20 bytes"):
+        fetch(f"{address}/a.csv", "a.csv", SHA256, limit=20)
+    clock = iter(range(0, 10**6, 1000))
+    monkeypatch.setattr("mini_impl.download.time.monotonic", lambda: next(clock))
+    with pytest.raises(ConnectionError, match=r"could not download .*it is slower than 32768 bytes a second"):
+        fetch(f"{address}/a.csv", "a.csv", SHA256)
     assert not list(tmp_path.rglob("*.csv"))
 
 
 def test_without_a_network_it_says_what_to_do(server):
     wanted = "if you have a.csv, set the environment variable MINI_IMPL_DATA to the folder that holds it"
     with pytest.raises(ConnectionError, match=f"could not download http://127.0.0.1:1/a.csv .*; {wanted}"):
-        fetch("http://127.0.0.1:1/a.csv", "a.csv")
+        fetch("http://127.0.0.1:1/a.csv", "a.csv", SHA256)
 
 
 def test_a_copy_of_ones_own(server, tmp_path, monkeypatch):
@@ -86,7 +96,4 @@ def test_a_copy_of_ones_own(server, tmp_path, monkeypatch):
         path.write_bytes(CONTENT + b"\n")
         with pytest.raises(ValueError, match=r"is not a.csv as published"):
             fetch(f"{address}/a.csv", "a.csv", SHA256)
-    monkeypatch.setenv("MINI_IMPL_DATA", str(path))  # nothing says that this file is the one that is wanted
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*a\.csv/b\.bin"):
-        fetch(f"{address}/b.bin", "b.bin")
     assert not requests

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import mini_impl
 
@@ -33,6 +34,9 @@ def test_the_examples_run_and_every_name_is_there(name):
         assert getattr(module, word, None) is not None, word
 
 
+EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+
+
 def test_models_and_trainers_are_at_the_front_door():
     names = [model.__name__ for model in mini_impl.forecasting.FORECASTERS.values()]
     for name in (*names, "fit", "evaluate", "load_csv", "fine_tune", "LanguageModel"):
@@ -42,12 +46,53 @@ def test_models_and_trainers_are_at_the_front_door():
 
 
 def test_the_example_of_the_readme_runs(tmp_path):
-    """The same in both languages, and as it stands but for the epochs."""
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
-    assert len(examples) == 2 and examples[0] == examples[1]
-    code = examples[0].replace("epochs=3", "epochs=1")
+    """The same in both languages, and as it stands but for the epochs: trained, kept, read, asked for the future."""
+    assert EXAMPLES[:4] == EXAMPLES[4:]
+    code = "".join(EXAMPLES[:2]).replace("epochs=3", "epochs=1")
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert run.stdout.startswith("Scores(mse=0."), run.stderr
+    scores, future = run.stdout.splitlines()
+    assert scores.startswith("Scores(mse=0."), run.stderr
+    assert future.startswith("2025-01-01T00:00:00 {'45 Queen Street': ")
+    assert len((tmp_path / "future.csv").read_text().splitlines()) == 25
+
+
+@pytest.mark.slow
+def test_the_loops_of_the_readme_train_a_model_of_transformers(tmp_path, monkeypatch):
+    """As they stand, on a tiny Llama with random weights that knows bytes; SFT learns its answer."""
+    transformers = pytest.importorskip("transformers", reason="transformers is in the optional extra 'parity'")
+    tokenizers = pytest.importorskip("tokenizers")
+    pieces = tokenizers.Tokenizer(tokenizers.models.BPE())
+    pieces.pre_tokenizer, pieces.decoder = tokenizers.pre_tokenizers.ByteLevel(), tokenizers.decoders.ByteLevel()
+    pieces.add_tokens(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=257, **sizes, eos_token_id=256))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=pieces, eos_token="<end>")
+    for kind, thing in ((transformers.AutoModelForCausalLM, model), (transformers.AutoTokenizer, tokenizer)):
+        monkeypatch.setattr(kind, "from_pretrained", lambda path, thing=thing: thing)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(EXAMPLES[2], names)
+    first = names["sft"].published_loss(plain(names), names["labels"]).total
+    assert names["loss"].total < first - 0.01
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    exec(EXAMPLES[3], names)
+    assert names["mask"].shape == (8, 16) and names["loss"].total.isfinite()
+    assert names["rewards"].shape == (1, 8) and names["answer"].shape == (8, 16)
+
+
+def plain(names):
+    """The logits without what LoRA learnt."""
+    with torch.no_grad():
+        for part in names["model"].modules():
+            if hasattr(part, "B"):
+                part.kept = part.B.clone()
+                part.B.zero_()
+        logits = names["model"](names["tokens"], attention_mask=names["attention_mask"]).logits
+        for part in names["model"].modules():
+            if hasattr(part, "B"):
+                part.B.copy_(part.kept)
+    return logits
 
 
 def test_a_source_tree_runs_without_being_installed(tmp_path):

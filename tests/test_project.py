@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tomllib
 import zipfile
+from datetime import datetime, timedelta
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -51,7 +53,7 @@ def test_the_package_alone_has_lower_bounds_only(need):
 
 
 def test_the_package_alone_needs_what_it_imports_and_no_more():
-    assert {need.name for need in CORE} == {"torch", "numpy", "matplotlib", "tqdm", "safetensors"}
+    assert {need.name for need in CORE} == {"torch", "numpy", "matplotlib", "tqdm", "safetensors", "filelock"}
     assert set(EXTRAS) == {"zh", "book", "test", "real", "parity"}
 
 
@@ -377,7 +379,7 @@ FINETUNINGS = [command for command in COMMANDS if "mini-impl finetune" in comman
 
 def test_both_languages_give_the_same_commands():
     assert commands(CHINESE) == [command.replace("book/en/", "book/zh/") for command in commands(ENGLISH)]
-    assert len(FORECASTS) == len(FINETUNINGS) == 3
+    assert len(FORECASTS) == 4 and len(FINETUNINGS) == 5
     assert len(re.findall("^### ", ENGLISH, re.M)) == len(re.findall("^### ", CHINESE, re.M))
 
 
@@ -420,26 +422,43 @@ def test_finetunings_of_the_readme_report_what_changed(command, tmp_path, monkey
     if "smollm2" in command:
         assert cli.make_parser().parse_args(command.split()[1:]).task == "facts"
         return
+    sums = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(10, 20) for b in range(30, 40)]
+    Path("sums.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in sums))
+    Path("rewards.py").write_text("def right(line, text):\n    return text == line['answer']\n")
     cli.main([*command.split()[1:], "--steps", "1", "--questions", "4"])
     assert "held-out accuracy" in capsys.readouterr().out
+    if "--save" in command:
+        (asked,) = (words for words in COMMANDS if "mini-impl answer" in words)
+        cli.main(shlex.split(asked)[1:])
+        assert capsys.readouterr().out.strip().isdigit()  # right after more steps than one
+    assert "--adapter" not in command or Path("sums-adapter", "adapter_model.safetensors").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", FORECASTS)
 def test_forecasts_of_the_readme_report_model_and_baselines(command, tmp_path):
     """As written, on a file of as many rows as the split asks for; of an option given twice the last counts."""
-    words = command.replace("FILE", "series.csv").split()[1:]
-    rows = ["a,b", *(f"{step % 24},{step % 7 + step % 24}" for step in range(8640 + 2880 + 2880))]
-    (tmp_path / "series.csv").write_text("\n".join(rows) + "\n")
-    out = tmp_path / "out.json"
-    run = subprocess.run(
-        [Path(sysconfig.get_path("scripts")) / "mini-impl", *words, "--epochs", "1", "--json", out],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert not run.returncode, run.stderr
+    rows = ["date,a,b"]
+    for hour in range(8640 + 2880 + 2880):
+        time = datetime(2024, 1, 1) + timedelta(hours=hour)
+        rows.append(f"{time},{hour % 24},{hour % 7 + hour % 24}")
+    for name in ("series.csv", "visitors.csv"):
+        (tmp_path / name).write_text("\n".join(rows) + "\n")
+
+    def run_command(words):
+        program = Path(sysconfig.get_path("scripts")) / "mini-impl"
+        run = subprocess.run([program, *words], cwd=tmp_path, capture_output=True, text=True)
+        assert not run.returncode, run.stderr
+        return run
+
+    out, words = tmp_path / "out.json", command.replace("FILE", "series.csv").split()[1:]
+    run = run_command([*words, "--epochs", "1", "--json", out])
     assert "MSE" in run.stdout and "MAE" in run.stdout
     reported = json.loads(out.read_text())["test"]
     assert len(reported) == 3 and words[1] in reported
     assert all(0 < scores["mse"] < 100 and 0 < scores["mae"] < 10 for scores in reported.values())
+    if "--save" in words:
+        (predicted,) = (words for words in COMMANDS if "mini-impl predict" in words)
+        run_command(predicted.split()[1:])
+        future = (tmp_path / "future.csv").read_text().splitlines()
+        assert future[0] == "date,a,b" and future[1].startswith("2025-08-23 00:00:00,") and len(future) == 25

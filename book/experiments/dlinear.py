@@ -25,7 +25,7 @@ RESULT = Path(__file__).parents[1] / "results" / "dlinear.json"
 AUCKLAND_SPLIT = (12280, 1754, 3510)  # 70, 10 and 20 %
 GRID = (0.0, 0.1, 1.0, 10.0)
 SEEDS = (0, 1, 2)
-SETTINGS = {"epochs": 10, "batch_size": 32, "learning_rate": 2e-3, "decay": 0.5, "patience": 3}  # what mini-impl does
+SETTINGS = {"epochs": 10, "batch_size": 32, "learning_rate": 2e-3, "patience": 3}  # what mini-impl does
 PUBLISHED_REPEAT = {96: (1.295, 0.713), 192: (1.325, 0.733), 336: (1.323, 0.744), 720: (1.339, 0.756)}
 
 

@@ -7,6 +7,7 @@ epoch: stop this with Ctrl-C whenever you like and start it again. ETTh1 is down
 """
 
 import argparse
+import ctypes
 import functools
 import hashlib
 import json
@@ -55,7 +56,7 @@ ACCURACY = {
     "dlinear": ("--batch-size 32 --learning-rate 0.002", 4),
     "patchtst": ("--batch-size 32 --learning-rate 0.001", 70),
     "itransformer": ("--batch-size 32 --learning-rate 0.0001 --set embedding=linear", 40),
-    "timesnet": ("--batch-size 32 --learning-rate 0.001 --decay 0.3 --set dropout=0.2", 160),
+    "timesnet": ("--batch-size 32 --learning-rate 0.001 --set dropout=0.2", 90),
     "timexer": (
         "--batch-size 32 --learning-rate 0.0001 --set variable_token=learned --set feed_forward_width=512",
         200,
@@ -72,9 +73,9 @@ class Terms(NamedTuple):
     seconds: float
 
 
-# The embedded series, 96 -> 96 steps, models small enough for many runs. The learning rate and its decay were the best
-# of six pairs on the validation part, with the published loss and seed 0, for each of the four models.
-HOW = "--epochs 10 --learning-rate 0.005 --decay 0.7"
+# The embedded series, 96 -> 96 steps, models small enough for many runs. Of 0.002, 0.005, 0.01 and 0.02 this
+# learning rate has the least mean error of the four models on the validation part, with the published loss and seed 0.
+HOW = "--epochs 10 --learning-rate 0.01"
 TERMS = {
     "patchtst": Terms("uniformity_weight", (0, 0.01, 0.1, 1), "--set layers=2", 60),
     "itransformer": Terms(
@@ -210,15 +211,24 @@ def passes_done(checkpoint: Path, changed: int) -> int:
 def start(run: Run) -> subprocess.Popen:
     """Start a run, or let it go on."""
     STATE.mkdir(parents=True, exist_ok=True)
+    often = "1" if run.part == "smollm2" else "100"  # a step of the real model takes half a minute
+    files = ("--checkpoint", state(run, "checkpoint"), "--save-every", often, "--json", state(run, "json"))
     with state(run, "log").open("w") as log:
         return subprocess.Popen(
-            [*PROGRAM, *run.arguments, "--checkpoint", state(run, "checkpoint"), "--json", state(run, "json")],
+            [*PROGRAM, *run.arguments, *files],
+            preexec_fn=end_with_us,
             env={**os.environ, **ONE_THREAD},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=log,
             start_new_session=True,  # Ctrl-C then reaches this program alone, which stops its runs
         )
+
+
+def end_with_us() -> None:
+    """In a new process: have it told to end when this one is gone, however that came about, where the system can."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def finish(run: Run) -> None:

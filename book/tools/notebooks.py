@@ -139,8 +139,11 @@ def code_cells(cells: list[NotebookNode]) -> list[NotebookNode]:
 
 
 def carry_over(notebook: NotebookNode, stored: NotebookNode | None) -> bool:
-    """Give `notebook` the outputs of the stored one if that ran with the same code, set-up cell aside; else False."""
-    if stored is None:
+    """Give `notebook` the outputs of the stored one if that ran with the same code, set-up cell aside; else False.
+
+    Outputs that are no longer those that the run gave are not carried over.
+    """
+    if stored is None or stored.metadata.get("outputs_sha256") != fingerprint(stored):
         return False
     new, old = code_cells(notebook.cells), code_cells(stored.cells)
     same_code = len(new) == len(old) and all(a.source == b.source for a, b in zip(new[1:], old[1:], strict=True))
@@ -242,7 +245,16 @@ def to_text(notebook: NotebookNode) -> str:
     text = nbformat.writes(notebook)
     for number, model in enumerate(widget_order(notebook)):
         text = text.replace(model, f"{number:032x}")
-    return json.dumps(json.loads(text), ensure_ascii=False, indent=1, sort_keys=True) + "\n"
+    made = json.loads(text)
+    made["metadata"]["outputs_sha256"] = fingerprint(nbformat.reads(text, as_version=4))
+    return json.dumps(made, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
+
+
+def fingerprint(notebook: NotebookNode) -> str:
+    """The sha256 of what the cells of a notebook gave when they ran: with it, outputs that were edited are noticed."""
+    outputs = [[cell.outputs, cell.execution_count] for cell in code_cells(notebook.cells)]
+    everything = [outputs, notebook.metadata.get("widgets")]
+    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
 
 
 # ---- The command

@@ -14,7 +14,8 @@ Every method is there twice, as it was documented and as it was published:
     >>> sorted({name for name, _ in METHODS}), sorted({form for _, form in METHODS})
     (['dapo', 'grpo', 'sft'], ['documented', 'published'])
 
-`worded_sums` and `facts` are tasks for a real model, SmolLM2 (make real-model). `add_lora` before `fine_tune` trains
+`from_file` makes a task of a file of your own; `worded_sums` and `facts` are tasks for a real model, SmolLM2 (make
+real-model). `add_lora` before `fine_tune` trains
 two small matrices a layer in place of all weights: `save_adapter` writes them, `merge_and_unload` adds them up.
 `generate` samples answers of a model, `score` says how likely they are. The losses stand in sft.py, grpo.py and
 dapo.py, what the last two share in policy.py.
@@ -24,7 +25,7 @@ from mini_impl.finetuning.language_model import LanguageModel
 from mini_impl.finetuning.methods import METHODS
 from mini_impl.finetuning.sampling import generate, score
 from mini_impl.finetuning.sft import add_lora, load_adapter, merge_and_unload, save_adapter
-from mini_impl.finetuning.tasks import facts, sums, worded_sums
+from mini_impl.finetuning.tasks import facts, from_file, sums, worded_sums
 from mini_impl.finetuning.train import fine_tune
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "add_lora",
     "facts",
     "fine_tune",
+    "from_file",
     "generate",
     "load_adapter",
     "merge_and_unload",

@@ -2,7 +2,7 @@
 
 The kinds differ in where a digit is carried. The base model saw hardly any sum in which the units carry, so on these it
 is mostly wrong, but not always: the bad cases of the documented SFT, from which groups of samples still learn.
-The package holds it; `python -m mini_impl.assets.make_base_model` trains it again.
+The package holds it; `python book/tools/make_base_model.py` trains it again.
 """
 
 import random
@@ -11,11 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from mini_impl import checks
 from mini_impl.finetuning.language_model import LanguageModel, load_language_model
-from mini_impl.finetuning.sft import supervised
 
 BASE_MODEL = Path(__file__).parents[1] / "assets" / "base_model.safetensors"
 
@@ -126,18 +123,3 @@ def reward(problem: Problem, text: str) -> float:
 def base_model() -> LanguageModel:
     """The stored base model, in eval mode."""
     return load_language_model(BASE_MODEL)
-
-
-@torch.no_grad()
-def accuracy(model: LanguageModel, some: Sequence[Problem]) -> tuple[float, float]:
-    """How often a model is right on problems: (with its most likely answers, with answers sampled at temperature 1).
-
-    Exact, from the probability of the right answer: the model reads it instead of sampling one.
-    """
-    batch = supervised(list(map(question, some)), list(map(answer, some)), Tokenizer.eos_token_id)
-    tokens, labels, _ = (part.to(model.embedding.weight.device) for part in batch)  # each [problem, time]
-    logprobs = model(tokens).log_softmax(-1)  # [problem, time, vocab_size]
-    counts = labels >= 0
-    best = (logprobs.argmax(-1) == labels) | ~counts
-    right = logprobs.gather(-1, labels.clamp(min=0)[..., None])[..., 0].where(counts, 0).sum(1).exp()
-    return best.all(1).double().mean().item(), right.double().mean().item()

@@ -1,12 +1,17 @@
 """The command `mini-impl finetune`: fine-tune a language model of the book, and say what it gained and what it lost."""
 
 import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable
 
 import torch
 
 from mini_impl.finetuning import tasks
+from mini_impl.finetuning.language_model import LanguageModel, save_language_model
 from mini_impl.finetuning.methods import METHODS
-from mini_impl.finetuning.sft import add_lora, merge_and_unload
+from mini_impl.finetuning.sft import add_lora, merge_and_unload, save_adapter
 from mini_impl.finetuning.train import Measures, accuracy, fine_tune
 from mini_impl.settings import add_arguments, choose_settings, parse_setting
 
@@ -26,38 +31,48 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("method", choices=sorted({method for method, _ in METHODS}))
     add("--loss", choices=("documented", "published"), default="documented", help="as documented, or as in the paper")
-    add("--model", choices=sorted({model for model, _ in TASKS}), default="tiny", help="smollm2: after make real-model")
-    add("--task", choices=sorted({task for _, task in TASKS}), default="sums", help="what it learns to answer")
+    add("--model", choices=sorted(tasks.MODELS), default="tiny", help="smollm2: after make real-model")
+    what = parser.add_mutually_exclusive_group().add_argument
+    what("--task", choices=sorted({task for _, task in TASKS}), default="sums", help="what it learns to answer")
+    what("--data", metavar="FILE", help='of your own: {"prompt": text, "answer": text} on each line')
+    add("--reward", metavar="MODULE:FUNCTION", help="(line, text) -> number; without it 1 for the answer, else 0")
+    add("--max-new-tokens", type=int, help="of an answer to --data; without it as many as the longest needs")
     add("--set", type=parse_setting, action="append", default=[], metavar="NAME=VALUE", help="a setting of the method")
     add("--all-kinds", action="store_true", help="draw from every kind of problem, not only from the bad cases")
     add("--lora-rank", type=int, default=0, help="train LoRA of this rank on Q and V alone; 0: all weights")
     add_arguments(parser, fine_tune, HOW)
+    add("--save", metavar="FILE", help="keep the model there, LoRA merged into it, for mini-impl answer")
+    add("--adapter", metavar="FOLDER", help="keep what LoRA trained there, as PEFT does")
 
 
 def run(options: argparse.Namespace) -> dict:
     """Fine-tune and measure as the options say; return everything that the command reports.
 
     With LoRA that includes both of its outcomes: the accuracy of the model with its adapter beside it and, as "merged",
-    that of the model which the adapter was added into. Neither is written to a file.
+    that of the model which the adapter was added into. --adapter keeps the first, --save the second.
     """
-    if (options.model, options.task) not in TASKS:
-        models = " or ".join(model for model, task in TASKS if task == options.task)
-        raise ValueError(f"--task {options.task} is for --model {models}; got {options.model}")
+    if options.adapter is not None and not options.lora_rank:
+        raise ValueError("--adapter needs --lora-rank: without LoRA there is no adapter to keep")
     make_method = METHODS[options.method, options.loss]
     settings = choose_settings("--set", options.set, make_method)
     torch.manual_seed(options.seed)
-    model, task = TASKS[options.model, options.task]()
+    model, task = _task(options)
     if options.all_kinds:
         task = task._replace(trained_kinds=tuple(task.train))
     if options.lora_rank:
         add_lora(model, rank=options.lora_rank)
-    how = {name: getattr(options, name) for name in (*HOW, "device", "checkpoint")}
+    how = {name: getattr(options, name) for name in (*HOW, "device", "checkpoint", "save_every")}
     training = fine_tune(model, make_method(task, **settings), **how)
     counts = {
         "all": sum(parameter.numel() for parameter in model.parameters()),
         "trained": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
     }
+    if options.adapter is not None:
+        save_adapter(model, options.adapter)
     merged = {"merged": accuracy(merge_and_unload(model), task, options.questions)} if options.lora_rank else {}
+    if options.save is not None:
+        model.tokenizer = options.model
+        save_language_model(model, options.save)
     return {
         "settings": {"set": settings},
         "parameters": counts,
@@ -68,6 +83,27 @@ def run(options: argparse.Namespace) -> dict:
         "curves": {**training.terms, **training.metrics},
         "seconds": round(training.seconds, 1),
     }
+
+
+def _task(options: argparse.Namespace) -> tuple[LanguageModel, tasks.Task]:
+    """The model and the task that the options name."""
+    if options.data is not None:
+        reward = None if options.reward is None else _function(options.reward)
+        return tasks.from_file(options.data, options.model, reward, options.max_new_tokens)
+    if (options.model, options.task) not in TASKS:
+        models = " or ".join(model for model, task in TASKS if task == options.task)
+        raise ValueError(f"--task {options.task} is for --model {models}; got {options.model}")
+    return TASKS[options.model, options.task]()
+
+
+def _function(name: str) -> Callable:
+    """The function that module:function names, in the current folder too."""
+    module, _, function = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    found = getattr(importlib.import_module(module), function, None) if module and function else None
+    if not callable(found):
+        raise ValueError(f"--reward must be MODULE:FUNCTION, such as rewards:short for rewards.py; got {name!r}")
+    return found
 
 
 def summary(measures: Measures, task: tasks.Task) -> dict:

@@ -31,10 +31,12 @@ def clip_penalty(gradients: Sequence[Tensor], thresholds: Sequence[float | Tenso
     Differentiable through the gradients, if they have a graph (`torch.autograd.grad(.., create_graph=True)`): with the
     excess e = g - clamp(g, -tau, tau) and the Hessian H of L_basic it is 2 H e. Without one it is a number to look at,
     and trains nothing. It pulls towards smaller gradients and bounds none; clip_to_thresholds does that.
-    Raises TypeError, ValueError, NonFiniteLoss for NaN or infinity among the gradients.
+    Raises TypeError, ValueError, NonFiniteLoss for NaN or infinity among the gradients, or their squares.
     Source: documented step 2.
     """
-    return _clip_penalty(*_paired(_several("gradients", gradients), thresholds))
+    penalty = _clip_penalty(*_paired(_several("gradients", gradients), thresholds))
+    checks.look(checks.finite("the clip penalty", penalty, NonFiniteLoss))  # squares overflow
+    return penalty
 
 
 def _clip_penalty(gradients: Sequence[Tensor], thresholds: Iterable[Tensor]) -> Tensor:
@@ -151,7 +153,7 @@ def sampling_weights(scores: Tensor, temperature: float, floor: float = 0.0) -> 
     checks.tensor("scores", scores, ..., "type")
     checks.positive(temperature=temperature)
     checks.number("floor", floor, least=0, below=1 / scores.shape[-1])
-    checks.look(checks.finite("scores", scores))
+    checks.look(checks.finite("scores", scores), checks.finite("scores / temperature", scores / temperature))
     return _sampling_weights(scores, temperature, floor)
 
 
@@ -438,6 +440,7 @@ def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
 
 
 def _overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
+    lengths = lengths if lengths.is_floating_point() else lengths.long()  # an uint8 has nothing below 0
     return ((max_length - buffer - lengths) / buffer).clamp(-1, 0)
 
 
@@ -456,4 +459,4 @@ def finished(completion: Tensor, mask: Tensor, eos_token_id: int) -> Tensor:
 
 
 def _finished(completion: Tensor, kept: Tensor, eos_token_id: int) -> Tensor:
-    return ((completion == eos_token_id) & kept).any(1)
+    return ((completion.long() == eos_token_id) & kept).any(1)

@@ -24,13 +24,14 @@ def sequence_logprobs(logprobs: Tensor, mask: Tensor, group_size: int) -> Tensor
 
     logprobs: [prompt x group, token], the answers to one prompt together; of the old policy, those that were recorded
     when it sampled. mask: same shape, 1 where there is a token of the answer. group_size: answers a prompt.
-    Raises TypeError, ValueError. Source: documented step 1.
+    Raises TypeError, ValueError, NonFiniteLoss. Source: documented step 1.
     """
     kept = checks.token_mask(mask, logprobs=logprobs)
     checks.divides("group_size", group_size, "the number of sequences", len(logprobs))
-    counted = logprobs.where(kept, 0)  # [prompt x group, token]
-    checks.look(*checks.counted(mask), checks.logprobs("logprobs", logprobs, kept, NonFiniteLoss))
-    return counted.sum(1).view(-1, group_size)  # 1. record the probability of every sampled answer
+    sums = logprobs.where(kept, 0).sum(1)  # [prompt x group]
+    finite = checks.finite("the sum of logprobs", sums, NonFiniteLoss)
+    checks.look(*checks.counted(mask), checks.logprobs("logprobs", logprobs, kept, NonFiniteLoss), finite)
+    return sums.view(-1, group_size)  # 1. record the probability of every sampled answer
 
 
 def first_of_each(completion: Tensor, mask: Tensor, group_size: int) -> Tensor:
@@ -42,7 +43,7 @@ def first_of_each(completion: Tensor, mask: Tensor, group_size: int) -> Tensor:
     checks.token_ids("completion", completion, "sequence", "token")
     kept = checks.token_mask(mask, completion=completion.to(torch.get_default_dtype()))
     checks.divides("group_size", group_size, "the number of sequences", len(completion))
-    answers = completion.masked_fill(~kept, -1).unflatten(0, (-1, group_size))  # [prompt, group, token]
+    answers = completion.long().masked_fill(~kept, -1).unflatten(0, (-1, group_size))  # [prompt, group, token]
     same = (answers[:, :, None] == answers[:, None]).all(-1)  # [prompt, group, group]
     return ~same.tril(-1).any(-1)  # none before it is the same
 

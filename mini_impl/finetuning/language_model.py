@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mini_impl import checks
-from mini_impl.checkpoint import load_checkpoint, save_checkpoint
+from mini_impl.checkpoint import check_weights, load_checkpoint, save_checkpoint
 
 
 class RMSNorm(nn.Module):
@@ -192,6 +192,7 @@ class LanguageModel(nn.Module):
             "epsilon": float(epsilon),
         }
         self.rope_base = rope_base
+        self.tokenizer: str | None = None  # which of the package's it was trained with, where that is known
         self.embedding = nn.Embedding(vocab_size, width)
         self.blocks = nn.ModuleList(
             Block(width, heads, key_value_heads, feed_forward_width, epsilon) for _ in range(layers)
@@ -245,7 +246,7 @@ class LanguageModel(nn.Module):
             causal = _causal(time, before, tokens.device)  # [time, key]
             allowed = causal & attention_mask[:, None, None]  # [batch, 1, time, key]
             allowed = allowed | causal.triu(before)  # padding: itself, as it needs one
-        vectors = self.embedding(tokens)  # [batch, time, width]
+        vectors = self.embedding(tokens.long())  # [batch, time, width]
         rotation = rotations(positions, self.blocks[0].attention.head_dim, self.rope_base, vectors.dtype)
         for number, block in enumerate(self.blocks):
             vectors = block(vectors, rotation, allowed, cache, number)
@@ -284,15 +285,20 @@ def hugging_face_name(name: str) -> str:
 
 
 def save_language_model(model: LanguageModel, path: Path | str) -> None:
-    """Write a model's settings and weights to one safetensors file, atomically."""
-    save_checkpoint(path, model.state_dict(), {"language model": model.settings})
+    """Write a model's settings, weights, and the name of its tokenizer, to one safetensors file, atomically."""
+    checks.instance("model", model, LanguageModel, "a LanguageModel")
+    state = {"language model": model.settings, "tokenizer": model.tokenizer}
+    save_checkpoint(path, model.state_dict(), state)
 
 
 def load_language_model(path: Path | str) -> LanguageModel:
-    """Read what save_language_model wrote. Raises FileNotFoundError; ValueError for a file of another kind."""
+    """Read what save_language_model wrote, in eval mode. Raises OSError; ValueError for another file."""
     tensors, state = load_checkpoint(path)
     if "language model" not in state:
         raise ValueError(f"{path} holds no language model that save_language_model wrote")
-    model = LanguageModel(**state["language model"]).to(tensors["embedding.weight"].dtype)
-    model.load_state_dict(tensors)
+    with torch.device("meta"):  # nothing is drawn at random, and sizes that the file does not fill take no memory
+        model = LanguageModel(**state["language model"])
+    check_weights(path, tensors, model)
+    model.load_state_dict(tensors, assign=True)
+    model.tokenizer = state.get("tokenizer")
     return model.eval()

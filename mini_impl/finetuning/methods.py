@@ -20,7 +20,7 @@ from mini_impl.finetuning import dapo, grpo, sft
 from mini_impl.finetuning.head import _head_logprobs
 from mini_impl.finetuning.language_model import LanguageModel
 from mini_impl.finetuning.policy import REDUCTIONS, advantages
-from mini_impl.finetuning.sampling import Rollout, _score, generate
+from mini_impl.finetuning.sampling import Rollout, _score, generate, written
 from mini_impl.finetuning.tasks import Task, examples
 from mini_impl.losses import LossTerms
 
@@ -52,7 +52,7 @@ def sample(
     """`group_size` answers to each problem. Returns (Rollout, rewards [prompt, group] on the CPU, texts)."""
     asked = [problem for problem in problems for _ in range(group_size)]
     rollout = _answer(model, task, asked, temperature, seed)
-    texts = written(rollout, task)
+    texts = written(rollout, task.tokenizer)
     rewards = torch.tensor([task.reward(problem, text) for problem, text in zip(asked, texts, strict=True)])
     return rollout, rewards.view(len(problems), group_size).to(rollout.logprobs.dtype), texts
 
@@ -64,13 +64,6 @@ def _answer(model: LanguageModel, task: Task, problems: Sequence, temperature: f
         task.tokenizer.eos_token_id,
     )
     return generate(model, prompts, longest, eos_token_id, temperature=temperature, seed=seed)
-
-
-def written(rollout: Rollout, task: Task) -> list[str]:
-    """The texts of a rollout, without the end-of-sequence token."""
-    eos_token_id = task.tokenizer.eos_token_id
-    rows = zip(rollout.completion.tolist(), rollout.mask.sum(1).tolist(), strict=True)
-    return [task.tokenizer.decode([token for token in row[:length] if token != eos_token_id]) for row, length in rows]
 
 
 def split(rollout: Rollout, group_size: int) -> list[Rollout]:

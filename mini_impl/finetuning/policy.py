@@ -108,13 +108,15 @@ def token_loss(
     _check_advantages(advantages, logprobs)
     checks.not_negative(clip_low=clip_low, clip_high=clip_high)
     log_ratio = logprobs - old_logprobs.detach()
+    losses = _token_loss(log_ratio, advantages, clip_low, clip_high)
     checks.look(
         checks.finite("logprobs", logprobs),
         checks.finite("old_logprobs", old_logprobs),
         checks.finite("advantages", advantages),
         _no_overflow(log_ratio),
+        checks.finite("the loss of each token", losses, NonFiniteLoss),
     )
-    return _token_loss(log_ratio, advantages, clip_low, clip_high)
+    return losses
 
 
 def _no_overflow(log_ratio: Tensor) -> checks.Requirement:
@@ -240,8 +242,5 @@ def reduce(per_token: Tensor, mask: Tensor, by: str = "sequence", max_length: in
     kept = checks.token_mask(mask, per_token=per_token)
     _check_reduction("by", by, max_length, mask)
     counted = per_token.where(kept, 0)
-    checks.look(
-        *checks.counted(mask),
-        checks.finite("per_token, where the mask counts,", counted, NonFiniteLoss),
-    )
+    checks.look(*checks.counted(mask), checks.finite("per_token, where the mask counts,", counted, NonFiniteLoss))
     return (counted * _token_weights(kept, by, max_length, counted.dtype)).sum()

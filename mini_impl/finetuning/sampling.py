@@ -39,9 +39,14 @@ def truncate(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
     logits: [.., vocab_size]; half precision is left for float32. temperature: at least 0; 0 leaves the most likely
     token alone, the first of several. top_k: leave the k most likely tokens. top_p: leave as many of the most likely
     tokens as it takes to reach this probability, of what top_k left; more than 0, at most 1. Tokens as likely as the
-    last one that stays do stay. Raises TypeError, ValueError.
+    last one that stays do stay. Raises TypeError, ValueError; NonFiniteLoss for NaN among the logits.
     """
     checks.tensor("logits", logits, ..., "vocab_size")
+    checks.look(no_nan(logits))
+    return _truncate(logits, temperature, top_k, top_p)
+
+
+def _truncate(logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None) -> Tensor:
     checks.number("temperature", temperature, least=0)
     logits = logits if logits.dtype.itemsize >= 4 else logits.float()
     if temperature == 0:
@@ -70,6 +75,7 @@ def uniforms(seed: int, rows: Sequence[int], count: int) -> np.ndarray:
     """
     for name, value in (("seed", seed), *((f"rows[{place}]", row) for place, row in enumerate(rows))):
         checks.integer(name, value, least=0, most=2**64 - 1)
+    count = checks.integer("count", count)
     seed, rows = np.array([seed], dtype=np.uint64), np.array(rows, dtype=np.uint64)
     start = _mix(_mix(seed) + rows)[:, None]
     return (_mix(start + _GOLDEN * np.arange(1, count + 1, dtype=np.uint64)) >> np.uint64(41)) * 2.0**-23
@@ -146,7 +152,7 @@ def generate(
     completion = torch.full((len(prompts), max_new_tokens), eos_token_id, device=weight.device)
     chosen = torch.ones_like(draws)  # the probability of each token
     for step in range(max_new_tokens):
-        probabilities = truncate(hidden @ weight.T, temperature, top_k, top_p).softmax(-1)  # [node, vocab_size]
+        probabilities = _truncate(hidden @ weight.T, temperature, top_k, top_p).softmax(-1)  # [node, vocab_size]
         line = probabilities.cumsum(-1)[node]  # [row, vocab_size]: from 0 to 1, with a stretch for each token
         token = (line <= draws[row, step, None] * line[:, -1:]).sum(-1)  # the one in whose stretch the draw lies
         completion[row, step] = token
@@ -164,6 +170,13 @@ def generate(
     mask = ended.cumsum(1) - ended.long() == 0  # none before it
     checks.look(checks.finite("log-probabilities of what was sampled", logprobs, NonFiniteLoss))
     return Rollout(prompt, attention_mask, completion, mask, logprobs)
+
+
+def written(rollout: Rollout, tokenizer) -> list[str]:
+    """The texts of a rollout, without the end-of-sequence token."""
+    rows = zip(rollout.completion.tolist(), rollout.mask.sum(1).tolist(), strict=True)
+    end = tokenizer.eos_token_id
+    return [tokenizer.decode([token for token in row[:length] if token != end]) for row, length in rows]
 
 
 # --- the same again ---------------------------------------------------------------------------------------------------
@@ -190,6 +203,7 @@ def score(
     Without top_k and top_p the logits of all tokens are never held at once (`head.head_logprobs`).
     Raises TypeError, ValueError, NonFiniteLoss.
     """
+    checks.number("temperature", temperature, least=0)
     logprobs = _score(model, rollout, temperature, top_k, top_p, _padded(model, rollout))
     checks.look(no_nan(logprobs))
     return logprobs
@@ -210,7 +224,7 @@ def _score(
         exact = torch.promote_types(weight.dtype, torch.float32)
         logprobs = _head_logprobs(hidden.to(exact), weight.to(exact), rollout.completion, temperature)
     else:
-        logprobs = _token_logprobs(truncate(hidden @ weight.T, temperature, top_k, top_p), rollout.completion)
+        logprobs = _token_logprobs(_truncate(hidden @ weight.T, temperature, top_k, top_p), rollout.completion)
     return logprobs.where(rollout.mask, 0)  # [sequence, token]
 
 
@@ -230,6 +244,7 @@ def _whole(rollout: Rollout) -> tuple[Tensor, Tensor]:
 
 def _padded(model: LanguageModel, rollout: Rollout) -> bool:
     """Whether a prompt of a rollout is padded. Raises TypeError, ValueError unless it fits the model; one look."""
+    checks.instance("model", model, LanguageModel, "a LanguageModel")
     checks.instance("rollout", rollout, Rollout, "what generate returned")
     if len(rollout.prompt) != len(rollout.completion):
         got = f"{len(rollout.completion)} and {len(rollout.prompt)}"

@@ -8,6 +8,7 @@ Sources: the documented system "SFT"; Hu et al., "LoRA: Low-Rank Adaptation of L
 import json
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -34,13 +35,17 @@ def supervised(
     fills up.
     Returns (tokens, labels, attention_mask), each [sequence, time]: labels[:, t] is the token after tokens[:, t], or
     ignore_index where that belongs to the prompt or is padding; attention_mask is False for padding, which is at the
-    end. Raises ValueError if there is no prompt, or not one answer to each. Source: the documented input; masks as in
-    public code.
+    end. Raises TypeError, ValueError if there is no prompt, or not one answer to each. Source: the documented input;
+    masks as in public code.
     """
     if not len(prompts) or len(prompts) != len(answers):
         raise ValueError(f"there must be prompts, and one answer to each; got {len(prompts)} and {len(answers)}")
     if empty := [row for row, pair in enumerate(zip(prompts, answers, strict=True)) if not all(map(len, pair))]:
         raise ValueError(f"prompts and answers must each have a token; those of the rows {empty} are empty")
+    kinds = {type(token) for ids in (*prompts, *answers) for token in ids}
+    if wrong := [kind.__name__ for kind in kinds if not issubclass(kind, Integral) or kind is bool]:
+        raise TypeError(f"prompts and answers must be lists of token ids, whole numbers; got {', '.join(wrong)}")
+    padding = checks.integer("padding", padding, least=0)
     time = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)) - 1
     tokens = torch.full((len(prompts), time), padding)
     labels = torch.full((len(prompts), time), ignore_index)
@@ -73,12 +78,13 @@ def sentence_mean(token_losses: Tensor, mask: Tensor) -> Tensor:
     """1/T sum_t L_t, T the tokens that count: [sentence, token] -> [sentence].
 
     mask: bool (or 0 and 1) [sentence, token], False for tokens that do not count: prompt and padding.
-    Raises TypeError, ValueError, naming the sentences, where none counts.
+    Raises TypeError, ValueError, naming the sentences, where none counts; NonFiniteLoss.
     Source: the documented loss of a sentence; the mask, which the text leaves out, as in public code.
     """
     kept = checks.token_mask(mask, token_losses=token_losses)
-    checks.look(*checks.counted(mask))
-    return _sentence_mean(token_losses, kept)
+    means = _sentence_mean(token_losses, kept)
+    checks.look(*checks.counted(mask), checks.finite("the sums of token_losses", means, NonFiniteLoss))
+    return means
 
 
 def _sentence_mean(token_losses: Tensor, kept: Tensor) -> Tensor:
@@ -152,6 +158,7 @@ def _token_losses(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Te
     """(losses, kept), both [sentence, token]: log_sum_exp_loss in one fused operation, 0 where not kept."""
     checks.tensor("logits", logits, "sentence", "token", "vocabulary")
     checks.token_ids("labels", labels, "sentence", "token")
+    labels = labels.long()  # in an uint8, -100 would be 156
     checks.integer("ignore_index", ignore_index, least=-(2**63))
     if labels.shape != logits.shape[:-1] or labels.device != logits.device:
         got = f"{list(labels.shape)} on {labels.device}"
@@ -160,7 +167,7 @@ def _token_losses(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Te
     name = f"labels (but for {ignore_index}, which is ignored)"
     known = checks.known_ids(name, labels.masked_fill(~kept, 0), logits.shape[-1])
     checks.look(known, *checks.counted(kept, f"labels != {ignore_index}"))
-    flat = logits.flatten(0, 1), labels.flatten().long()
+    flat = logits.flatten(0, 1), labels.flatten()
     losses = F.cross_entropy(*flat, ignore_index=ignore_index, reduction="none")
     return losses.view(labels.shape), kept
 
@@ -171,7 +178,8 @@ def _token_losses(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Te
 class LoRALinear(nn.Module):
     """y = x (W + BA)' (+ bias) for a linear layer whose W [out, in] is frozen: only A and B are trained.
 
-    base: the layer that has W. rank: r, how many rows A [r, in] and columns B [out, r] have; at most in and out.
+    base: the layer that has W: nn.Linear, or the Conv1D of GPT-2 in transformers, whose weight is W'.
+    rank: r, how many rows A [r, in] and columns B [out, r] have; at most in and out.
     alpha: None, as documented, or a number: then BA is scaled by alpha / r, as in the paper.
     A begins random, B at 0, so that the layer begins as W alone; the first gradient step moves only B.
     In half precision A and B are kept in float32, as small steps would be rounded away.
@@ -181,14 +189,16 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float | None = None):
         super().__init__()
-        checks.instance("base", base, nn.Linear, "an nn.Linear")
-        _check_rank(rank, {"base": base})
+        if not _is_linear(base):
+            raise TypeError(f"base must be an nn.Linear, or a Conv1D of transformers; got {type(base).__name__}")
+        rank = _check_rank(rank, {"base": base})
         checks.positive(alpha=1 if alpha is None else alpha)
         self.rank, self.alpha = rank, alpha
         self.base = base.requires_grad_(False)
         like = {"dtype": torch.promote_types(base.weight.dtype, torch.float32), "device": base.weight.device}
-        self.A = nn.Parameter(torch.empty(rank, base.in_features, **like))
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
+        rows, columns = _shape(base)
+        self.A = nn.Parameter(torch.empty(rank, columns, **like))
+        self.B = nn.Parameter(torch.zeros(rows, rank, **like))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     @property
@@ -206,13 +216,25 @@ class LoRALinear(nn.Module):
         return (frozen + low_rank).to(frozen.dtype)
 
     def merged_weight(self) -> Tensor:
-        """W + s BA [out, in], in the dtype of A and B: float32 or float64."""
-        return self.base.weight + (self.B @ self.A) * self.scale
+        """W + s BA [out, in] (transposed, if the layer has it so), in the dtype of A and B: float32 or float64."""
+        change = (self.B @ self.A) * self.scale
+        return self.base.weight + (change if isinstance(self.base, nn.Linear) else change.T)
 
 
-def _check_rank(rank: int, layers: dict[str, nn.Linear]) -> None:
-    name, (rows, columns) = min(((name, layer.weight.shape) for name, layer in layers.items()), key=lambda x: min(x[1]))
-    checks.integer("rank", rank, most=min(rows, columns), why=f"as the weight of {name} is {rows} x {columns}")
+def _is_linear(layer: nn.Module) -> bool:
+    """Whether it is an nn.Linear, or a Conv1D of transformers, which need not be installed."""
+    kind = type(layer)
+    return isinstance(layer, nn.Linear) or (kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."))
+
+
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer."""
+    return tuple(layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.T.shape)
+
+
+def _check_rank(rank: int, layers: dict[str, nn.Module]) -> int:
+    name, (rows, columns) = min(((name, _shape(layer)) for name, layer in layers.items()), key=lambda x: min(x[1]))
+    return checks.integer("rank", rank, most=min(rows, columns), why=f"as the weight of {name} is {rows} x {columns}")
 
 
 def add_lora(
@@ -227,7 +249,7 @@ def add_lora(
     """
     layers = _linear_layers(model)
     names = {name.rpartition(".")[2] for name in layers}
-    if isinstance(targets, str) or not targets or not set(targets) <= names:
+    if isinstance(targets, str | Tensor) or not targets or not set(targets) <= names:
         raise ValueError(f"targets must be several names of linear layers, some of {sorted(names)}; got {targets!r}")
     layers = {name: layer for name, layer in layers.items() if name.rpartition(".")[2] in targets}
     _check_rank(rank, layers)
@@ -238,7 +260,7 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """A model's linear layers by name. Raises ValueError if it has adapters already."""
     if adapters := lora_layers(model):
         raise ValueError(f"the model has LoRA layers already: merge_and_unload them first; got {', '.join(adapters)}")
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name}
+    return {name: module for name, module in model.named_modules() if _is_linear(module) and name}
 
 
 def _put_in(model: nn.Module, adapters: dict[str, LoRALinear]) -> nn.Module:
@@ -255,7 +277,8 @@ def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """The adapters of a model by the names of the layers that they stand for."""
+    """The adapters of a model by the names of the layers that they stand for. Raises TypeError."""
+    checks.instance("model", model, nn.Module, "an nn.Module")
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
@@ -296,10 +319,12 @@ def save_adapter(model: nn.Module, folder: Path | str) -> None:
     PEFT loads those of a LanguageModel on a Llama with the same weights, and those of any other model on that model.
     The files are adapter_config.json and adapter_model.safetensors; each is replaced in one step. An adapter without
     alpha is written with alpha = rank, which is the same scale, 1.
-    Raises ValueError if the model has no adapters, or several with another rank or alpha.
-    Source: the first documented output of SFT.
+    Raises ValueError if the model has no adapters, or several with another rank or alpha, or is a module around a
+    LanguageModel, of which PEFT knows no names; OSError. Source: the first documented output of SFT.
     """
     layers = _some_lora_layers(model)
+    if any(isinstance(part, LanguageModel) for part in model.modules() if part is not model):
+        raise ValueError("model must be the LanguageModel itself: for one inside another module PEFT has no names")
     settings = {name: (layer.rank, layer.scale * layer.rank) for name, layer in layers.items()}
     if len(set(settings.values())) > 1:
         raise ValueError(f"all LoRA layers must have one rank and one alpha to be stored; got (rank, alpha) {settings}")
@@ -317,10 +342,11 @@ def save_adapter(model: nn.Module, folder: Path | str) -> None:
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(not isinstance(layer.base, nn.Linear) for layer in layers.values()),
         "target_modules": sorted({_peft_name(model, name).split(".")[-1] for name in layers}),
         "inference_mode": True,
     }
+    (Path(folder) / CONFIG).unlink(missing_ok=True)  # a stop between the two must not leave new weights with old scales
     write_bytes(Path(folder) / WEIGHTS, save(tensors, metadata={"format": "pt"}))
     write_bytes(Path(folder) / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
@@ -329,7 +355,7 @@ def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
     """Put the adapters that save_adapter or PEFT wrote into a model that has none; freeze all else.
 
     model: a LanguageModel, or one with the names of the model that PEFT adapted. Changes it and returns it.
-    Raises FileNotFoundError; ValueError for another kind of adapter, or for one of another model: unknown layers, other
+    Raises OSError; ValueError for another kind of adapter, or for one of another model: unknown layers, other
     shapes.
     """
     layers = _linear_layers(model)
@@ -340,7 +366,8 @@ def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
         a, b = (f"{_peft_name(model, name)}.lora_{part}.weight" for part in ("A", "B"))
         if a in found or b in found:
             adapted[name] = a, b
-            wanted |= {a: [rank, layer.in_features], b: [layer.out_features, rank]}
+            rows, columns = _shape(layer)
+            wanted |= {a: [rank, columns], b: [rows, rank]}
     wrong = [key for key in found | wanted if found.get(key) != wanted.get(key)]
     wrong = [f"{key} {found.get(key, 'missing')}, wants {wanted.get(key, 'no such layer')}" for key in wrong]
     if wrong or not found:
@@ -363,7 +390,7 @@ def _read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     except (json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"the adapter in {folder} cannot be read ({error})") from None
     # These change what the same tensors compute; whatever adds tensors is found by their names.
-    others = ("fan_in_fan_out", "rank_pattern", "alpha_pattern", "layer_replication", "alora_invocation_tokens")
+    others = ("rank_pattern", "alpha_pattern", "layer_replication", "alora_invocation_tokens")
     asked = [name for name, value in config.items() if value and (name in others or name.startswith("use_"))]
     start = config.get("init_lora_weights", True)
     if start not in (True, False, None, "gaussian", "orthogonal", "eva"):  # PiSSA and others begin by changing W itself

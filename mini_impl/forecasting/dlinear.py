@@ -3,6 +3,7 @@
 Sources: the documented system "DLinear"; Zeng et al., "Are Transformers Effective for Time Series Forecasting?", 2023.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mini_impl import checks
+from mini_impl.forecasting.forecaster import Forecaster
 from mini_impl.forecasting.layers import averaging_matrix, moving_average
 from mini_impl.losses import LossTerms
 
@@ -32,29 +34,37 @@ class Output(NamedTuple):
     trend: Tensor  # [batch, horizon, variable], the trend branch's own forecast: T of the documented loss
 
 
-class DLinear(nn.Module):
+class DLinear(Forecaster):
     """Two linear maps over time, shared by all variables: y = W_t t + b_t + W_s s + b_s.
 
     history, horizon: how many steps it sees and forecasts (elsewhere: seq_len, pred_len). kernel_size: of the moving
-    average, odd, at most history. model(history [batch, history, variable]) -> Output. Raises TypeError, ValueError.
+    average, odd, at most history. weights: of another low-pass filter in its place, an odd number of them, at most
+    history, such as half_weighted(24).
+    model(history [batch, history, variable]) -> Output. Raises TypeError, ValueError.
     Source: documented steps 2 and 3. Public code can also give each variable maps of its own (`individual`); here all
     variables share them.
     """
 
     documented_needs: ClassVar[dict] = {}  # arguments with which a model returns what documented_loss needs
 
-    def __init__(self, history: int, horizon: int, kernel_size: int = 25):
+    def __init__(self, history: int, horizon: int, kernel_size: int = 25, weights: Sequence[float] | None = None):
         super().__init__()
-        checks.integers(history=history, horizon=horizon)
-        checks.odd("kernel_size", kernel_size, most=history)
-        self.history, self.horizon, self.kernel_size = history, horizon, kernel_size
+        history, horizon = checks.integers(history=history, horizon=horizon)
+        self.history, self.horizon, self.kernel_size, self.weights = history, horizon, kernel_size, None
+        if weights is None:
+            self.kernel_size = checks.odd("kernel_size", kernel_size, most=history)
+        else:
+            checks.odd("the number of weights", len(weights), most=history)
+            self.weights = tuple(checks.number("each of the weights", float(weight)) for weight in weights)
+            self.settings["weights"] = self.weights  # a tensor could not be saved with the model
         self.trend = nn.Linear(history, horizon)
         self.seasonal = nn.Linear(history, horizon)
 
     def forward(self, history: Tensor) -> Output:
         checks.history(history, self.history, self.trend.weight)
-        # decompose(history, kernel_size) with time as the last axis: t = A x, s = x - t
-        average = averaging_matrix(self.history, self.kernel_size, history.dtype, history.device)  # [time, time]
+        # decompose(history, kernel_size), or with weights, with time as the last axis: t = A x, s = x - t
+        kernel = self.weights or self.kernel_size
+        average = averaging_matrix(self.history, kernel, history.dtype, history.device)  # [time, time]
         past = history.mT.flatten(0, 1)  # [batch * variable, time]
         trend = past @ average.mT  # [batch * variable, time]
         trend_forecast = self.trend(trend)  # [batch * variable, horizon]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mini_impl import checks
+from mini_impl.forecasting.forecaster import Forecaster
 from mini_impl.forecasting.layers import Dropout, EncoderBlock, denormalise, encode, normalise
 from mini_impl.losses import LossTerms, _orthogonality, orthogonality
 
@@ -22,7 +23,7 @@ class Output(NamedTuple):
     attention: Tensor | None = None  # [batch, head, query, key] of the last layer, if return_attention
 
 
-class ITransformer(nn.Module):
+class ITransformer(Forecaster):
     """Forecast all variables together: their whole pasts are the tokens of a transformer.
 
     history, horizon: how many steps it sees and forecasts (elsewhere: seq_len, pred_len). width, heads, layers,
@@ -49,7 +50,8 @@ class ITransformer(nn.Module):
         return_attention: bool = False,
     ):
         super().__init__()
-        checks.integers(history=history, horizon=horizon, width=width, layers=layers)
+        history, horizon = checks.integers(history=history, horizon=horizon)
+        width, layers = checks.integers(width=width, layers=layers)
         checks.flags(return_attention=return_attention)
         checks.choice("embedding", embedding, ("mlp", "linear"))
         self.history, self.horizon, self.return_attention = history, horizon, return_attention
@@ -67,11 +69,7 @@ class ITransformer(nn.Module):
         # 2. to 4., in each block: attention between variables, LayerNorm of each, feed-forward on each
         tokens, attention = encode(self.blocks, self.dropout(embedding), self.return_attention)  # as the embedding
         forecast = self.projection(self.norm(tokens))  # 5. [batch, variable, horizon]
-        return Output(
-            prediction=denormalise(forecast.mT, mean, std),
-            embedding=embedding,
-            attention=attention,
-        )
+        return Output(prediction=denormalise(forecast.mT, mean, std), embedding=embedding, attention=attention)
 
 
 def documented_loss(output: Output, target: Tensor, orthogonality_weight: float = 1e-4, norm: str = "fro") -> LossTerms:

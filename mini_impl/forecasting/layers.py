@@ -24,13 +24,18 @@ def moving_average(series: Tensor, kernel_size: int) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def averaging_matrix(time: int, kernel_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def averaging_matrix(time: int, kernel: int | tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A of moving_average(x) = A x: [time, time]. For short series one product with it is faster than averaging.
+
+    kernel: kernel_size, or the weights of weighted_average.
 
     Every call with the same arguments returns the same tensor: do not write into it.
     """
     with torch.inference_mode(False):  # the matrix outlives the call, and must then serve in training too
-        return moving_average(torch.eye(time, dtype=dtype, device=device)[None], kernel_size)[0]
+        waves = torch.eye(time, dtype=dtype, device=device)[None]
+        if isinstance(kernel, int):
+            return moving_average(waves, kernel)[0]
+        return weighted_average(waves, torch.tensor(kernel, dtype=torch.float64))[0]
 
 
 def weighted_average(series: Tensor, weights: Tensor) -> Tensor:
@@ -42,6 +47,7 @@ def weighted_average(series: Tensor, weights: Tensor) -> Tensor:
     longer = _repeat_edges(series, "the number of weights", len(weights))  # [batch, variable, time + offset - 1]
     alone = longer.flatten(0, 1)[:, None]  # [batch * variable, 1, time + offset - 1]
     averages = F.conv1d(alone, weights.to(series)[None, None])  # [batch * variable, 1, time]
+    checks.look(checks.finite("the averages", averages))
     return averages.view(len(series), -1, series.shape[1]).mT  # [batch, time, variable]
 
 
@@ -52,6 +58,7 @@ def half_weighted(period: int) -> Tensor:
     Raises TypeError, ValueError for an odd period. Source: the "2 x p" average of classical decomposition.
     """
     checks.divides("2", 2, "period", period)
+    period = int(period)
     weights = torch.full((period + 1,), 1 / period, dtype=torch.float64)
     weights[0] = weights[-1] = 1 / (2 * period)
     return weights
@@ -100,15 +107,14 @@ def denormalise(scaled: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def patches(series: Tensor, patch_length: int, stride: int) -> Tensor:
     """Cut the last axis into pieces of `patch_length` steps, each beginning `stride` steps after the one before.
 
-    series: [.., time]. Returns [.., patch, patch_length], a view; patch = (time - patch_length) / stride + 1.
-    Raises TypeError; ValueError, also if the patches would leave out steps, between them or at the end.
+    series: [.., time]. Returns [.., patch, patch_length], a view; patch = floor((time - patch_length) / stride) + 1.
+    The last patch ends with the series; the first steps, fewer than stride, are left out where they fill no patch.
+    Raises TypeError; ValueError, also if the patches would leave out steps between them.
     """
-    time = series.shape[-1]
-    checks.integer("patch_length", patch_length, most=time, why="as there are no more time steps")
-    checks.integer("stride", stride, most=patch_length, why="the patch_length, or steps would be skipped")
-    if rest := (time - patch_length) % stride:
-        raise ValueError(f"patches of {patch_length}, {stride} apart, would leave out the last {rest} of {time} steps")
-    return series.unfold(-1, patch_length, stride)
+    time = checks.tensor("series", series, ..., "time").shape[-1]
+    patch_length = checks.integer("patch_length", patch_length, most=time, why="as there are no more time steps")
+    stride = checks.integer("stride", stride, most=patch_length, why="the patch_length, or steps would be skipped")
+    return series[..., (time - patch_length) % stride :].unfold(-1, patch_length, stride)
 
 
 @lru_cache(maxsize=16)
@@ -162,8 +168,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int):
         super().__init__()
-        checks.divides("heads", heads, "width", width)
-        self.heads = heads
+        self.heads, width = checks.divides("heads", heads, "width", width), int(width)
         self.projection = nn.Linear(width, 3 * width)  # query, key and value in one product
         self.output = nn.Linear(width, width)
 
@@ -203,7 +208,7 @@ class Attention(nn.Module):
 
 def feed_forward(width: int, hidden: int, dropout: float) -> nn.Sequential:
     """Two linear maps with GELU between them, applied to each token alone: width -> hidden -> width."""
-    checks.integers(feed_forward_width=hidden)
+    (hidden,) = checks.integers(feed_forward_width=hidden)
     return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), Dropout(dropout), nn.Linear(hidden, width))
 
 

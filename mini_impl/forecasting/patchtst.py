@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mini_impl import checks
 from mini_impl.forecasting.data import Windows
+from mini_impl.forecasting.forecaster import Forecaster
 from mini_impl.forecasting.layers import Dropout, EncoderBlock, denormalise, encode, normalise, patches
 from mini_impl.losses import LossTerms, _kl_from_uniform
 
@@ -22,7 +23,7 @@ def pad_end(series: Tensor, patch_length: int, stride: int) -> Tensor:
 
     series: [.., time]. Returns [.., time and 1 to stride steps more]. Source: the paper, section 3.1.
     """
-    checks.integers(stride=stride)
+    stride = checks.integer("stride", stride)
     extra = stride - (series.shape[-1] - patch_length) % stride
     return torch.cat([series, series[..., -1:].expand(*series.shape[:-1], extra)], dim=-1)
 
@@ -52,7 +53,7 @@ class Encoder(nn.Module):
         dropout: float,
     ):
         super().__init__()
-        checks.integers(width=width, layers=layers)
+        width, layers = checks.integers(width=width, layers=layers)
         self.embedding = nn.Linear(patch_length, width)
         self.position = nn.Parameter(torch.empty(patch_count, width).uniform_(-0.02, 0.02))
         self.dropout = Dropout(dropout)
@@ -75,12 +76,13 @@ class Output(NamedTuple):
     attention: Tensor | None = None  # [batch * variable, head, query, key] of the last layer, if return_attention
 
 
-class PatchTST(nn.Module):
+class PatchTST(Forecaster):
     """Forecast every variable by itself with one shared transformer over its patches.
 
     history, horizon: how many steps it sees and forecasts (elsewhere: seq_len, pred_len).
     patch_length, stride: patches overlap where stride is less.
-    pad_end: repeat the last value, so that one more patch fits; without it the patches must cover the history evenly.
+    pad_end: repeat the last value, so that one more patch fits; without it the patches end with the history, and the
+        first steps, fewer than stride, may be in none.
     width, heads, layers, feed_forward_width, dropout: of the encoder (elsewhere: d_model, n_heads, e_layers, d_ff).
     return_attention: fill Output.attention.
     model(history [batch, history, variable]) -> Output. Raises TypeError, ValueError.
@@ -107,8 +109,9 @@ class PatchTST(nn.Module):
         return_attention: bool = False,
     ):
         super().__init__()
-        checks.integers(history=history, horizon=horizon)
-        checks.integer("patch_length", patch_length, most=history, why="the history")
+        history, horizon = checks.integers(history=history, horizon=horizon)
+        patch_length = checks.integer("patch_length", patch_length, most=history, why="the history")
+        width, stride = checks.integers(width=width, stride=stride)
         checks.flags(pad_end=pad_end, return_attention=return_attention)
         self.history, self.horizon, self.patch_length, self.stride = history, horizon, patch_length, stride
         self.pad_end, self.return_attention = pad_end, return_attention
@@ -142,9 +145,9 @@ class PatchTST(nn.Module):
         """
         checks.instance("masked", masked, MaskedPatchTST, "a MaskedPatchTST")
         checks.flags(linear_probe=linear_probe)
-        length, width = masked.patch_length, masked.encoder.embedding.out_features
-        sizes = {"patch_length": length, "stride": length, "width": width, "heads": 1, "layers": 1}
-        model = cls(masked.history, horizon, pad_end=False, return_attention=return_attention, **sizes)
+        sizes = {name: value for name, value in masked.settings.items() if name not in ("history", "mask_ratio")}
+        how = {"stride": masked.patch_length, "pad_end": False, "return_attention": return_attention}
+        model = cls(masked.history, horizon, **how, **sizes)
         model.encoder = copy.deepcopy(masked.encoder).train()  # in place of the one just made
         model.encoder.requires_grad_(not linear_probe)
         return model.to(masked.head.weight)
@@ -169,8 +172,7 @@ def documented_loss(
     checks.choice("reading", reading, ("received", "rows"))
     p = attention if reading == "rows" else attention.mean((1, 2))  # [.., key]
     return LossTerms.of(
-        forecast=F.l1_loss(output.prediction, target),
-        uniformity=uniformity_weight * _kl_from_uniform(p),
+        forecast=F.l1_loss(output.prediction, target), uniformity=uniformity_weight * _kl_from_uniform(p)
     )
 
 
@@ -204,10 +206,11 @@ def random_mask(shape: tuple[int, ...], visible: int, generator: torch.Generator
     return rank >= visible
 
 
-class MaskedPatchTST(nn.Module):
+class MaskedPatchTST(Forecaster):
     """Learn without a target: set random patches to zero, and reconstruct them from the ones still visible.
 
-    patch_length: divides history; the patches do not overlap, or a hidden one could be read off its neighbours.
+    patch_length: the patches do not overlap, or a hidden one could be read off its neighbours. They end with the
+    history; its first steps, fewer than patch_length, may be in none (the first 8 of the paper's 512).
     mask_ratio: r, the share of patches to hide; of n patches floor(n (1 - r)) stay visible, with n (1 - r) as the exact
     product of decimals: public code rounds down what floating point makes of it, at times one patch less.
     history, width and so on: as PatchTST's.
@@ -229,14 +232,14 @@ class MaskedPatchTST(nn.Module):
         dropout: float = 0.2,
     ):
         super().__init__()
-        self.history, self.patch_length = history, checks.divides("patch_length", patch_length, "history", history)
-        patch_count = history // patch_length
+        self.history, self.patch_length = checks.integers(history=history, patch_length=patch_length)
+        patch_count = self.history // self.patch_length
         hidden_share = checks.number("mask_ratio", mask_ratio, above=0, below=1)
         self.visible = math.floor(patch_count * (1 - hidden_share) + 1e-9)  # 5 (1 - 0.8) is 0.9999..
         if self.visible in (0, patch_count):
             raise ValueError(f"mask_ratio must hide some of {patch_count} patches, not all; {mask_ratio} does not")
-        self.encoder = Encoder(patch_count, patch_length, width, heads, layers, feed_forward_width, dropout)
-        self.head = nn.Linear(width, patch_length)
+        self.encoder = Encoder(patch_count, self.patch_length, width, heads, layers, feed_forward_width, dropout)
+        self.head = nn.Linear(int(width), self.patch_length)
 
     def forward(self, history: Tensor, generator: torch.Generator | None = None) -> MaskedOutput:
         checks.history(history, self.history, self.head.weight)
@@ -266,8 +269,10 @@ def masked_score(model: MaskedPatchTST, windows: Windows, seed: int = 0, batch_s
 
     Raises TypeError, ValueError.
     """
+    checks.instance("model", model, MaskedPatchTST, "a MaskedPatchTST")
+    checks.instance("windows", windows, Windows, "Windows, as `prepare` returns them")
     model = copy.deepcopy(model).eval()  # the model itself stays in the mode that it is in
-    checks.integers(batch_size=batch_size)
+    batch_size = checks.integer("batch_size", batch_size)
     generator = torch.Generator().manual_seed(checks.integer("seed", seed, least=0))
     total = 0.0
     with torch.no_grad():

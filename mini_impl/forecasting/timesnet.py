@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mini_impl import checks
+from mini_impl.forecasting.forecaster import Forecaster
 from mini_impl.forecasting.layers import Dropout, denormalise, normalise, sinusoids
 from mini_impl.losses import LossTerms
 
@@ -27,8 +28,12 @@ def dominant_periods(series: Tensor, k: int, per_window: bool = False) -> tuple[
     Source: documented TimesBlock, step 1; the paper, equations 1 and 2; the mean over the batch: its public code.
     """
     checks.look(checks.finite("series", checks.tensor("series", series, "batch", "time", "variable")))
-    checks.integer("k", k, most=series.shape[1] // 2, why=f"the frequencies of {series.shape[1]} time steps")
-    return _strongest(series, k, per_window)
+    checks.flags(per_window=per_window)
+    k = checks.integer("k", k, most=series.shape[1] // 2, why=f"the frequencies of {series.shape[1]} time steps")
+    exact = series if series.dtype.itemsize >= 4 else series.float()  # no Fourier transform in half precision
+    periods, amplitudes = _strongest(exact, k, per_window)
+    checks.look(checks.finite("the amplitudes of series", amplitudes))
+    return periods, amplitudes.to(series.dtype)
 
 
 def _strongest(series: Tensor, k: int, per_window: bool) -> tuple[Tensor, Tensor]:
@@ -68,7 +73,7 @@ class Inception(nn.Module):
     def __init__(self, inputs: int, outputs: int, kernels: int, shape: str):
         super().__init__()
         checks.choice("convolution", shape, ("within", "across", "inception"))
-        checks.integers(kernels=kernels)
+        (kernels,) = checks.integers(kernels=kernels)
         sizes = range(1, 2 * kernels, 2)
         extents = {"within": lambda s: (1, s), "across": lambda s: (s, 1), "inception": lambda s: (s, s)}[shape]
         self.kernels = nn.ModuleList(nn.Conv2d(inputs, outputs, extents(size), padding="same") for size in sizes)
@@ -174,7 +179,7 @@ class Output(NamedTuple):
     frequency_features: Tensor | None = None
 
 
-class TimesNet(nn.Module):
+class TimesNet(Forecaster):
     """Embed the series, extend it to the horizon, refine it by blocks that work on its periods, read the forecast off.
 
     history, horizon: how many steps it sees and forecasts (elsewhere: seq_len, pred_len). variables: how many series
@@ -207,10 +212,13 @@ class TimesNet(nn.Module):
         return_frequency_features: bool = False,
     ):
         super().__init__()
-        checks.integers(history=history, horizon=horizon, variables=variables, width=width, layers=layers)
-        checks.integers(feed_forward_width=feed_forward_width)
+        history, horizon, variables = checks.integers(history=history, horizon=horizon, variables=variables)
+        width, layers = checks.integers(width=width, layers=layers)
+        (feed_forward_width,) = checks.integers(feed_forward_width=feed_forward_width)
         time = history + horizon
-        checks.integer("top_k", top_k, most=time // 2, why=f"the frequencies of history + horizon, {time} steps")
+        top_k = checks.integer(
+            "top_k", top_k, most=time // 2, why=f"the frequencies of history + horizon, {time} steps"
+        )
         checks.flags(per_window=per_window, return_frequency_features=return_frequency_features)
         self.history, self.horizon, self.return_frequency_features = history, horizon, return_frequency_features
         self.embedding = nn.Conv1d(variables, width, kernel_size=3, padding=1, padding_mode="circular", bias=False)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mini_impl import checks
+from mini_impl.forecasting.forecaster import Forecaster
 from mini_impl.forecasting.layers import Attention, Dropout, denormalise, feed_forward, normalise, patches, sinusoids
 from mini_impl.losses import LossTerms, _orthogonality
 
@@ -21,7 +22,8 @@ class Layer(nn.Module):
 
     tokens: [batch, endogenous, patch + 1, width], the variable token last. exogenous: [batch, exogenous, width].
     attention_mask: bool [batch, exogenous], False for variables without a single value. Returns (tokens, as before; the
-    cross-attention's map [batch, head, endogenous, exogenous], or None unless asked for).
+    cross-attention's map [batch, head, endogenous, exogenous] and the self-attention's [batch * endogenous, head,
+    patch + 1, patch + 1], each None unless asked for).
     Source: documented steps 2 to 4.
     """
 
@@ -36,10 +38,11 @@ class Layer(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(
-        self, tokens: Tensor, exogenous: Tensor, attention_mask: Tensor | None, return_map: bool
-    ) -> tuple[Tensor, Tensor | None]:
+        self, tokens: Tensor, exogenous: Tensor, attention_mask: Tensor | None, return_map: bool, return_self_map: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         # 2. (patch + 1) x (patch + 1): every token of a variable attends to every other one of it
-        mixed, _ = self.self_attention(tokens.flatten(0, 1))  # [batch * endogenous, patch + 1, width]
+        flat = tokens.flatten(0, 1)  # [batch * endogenous, patch + 1, width]
+        mixed, self_attention = self.self_attention(flat, return_map=return_self_map)
         tokens = self.self_norm(tokens + self.dropout(mixed.view_as(tokens)))
         # 3. 1 x C: the variable token attends to the exogenous variables
         variable = tokens[:, :, -1]  # [batch, endogenous, width]
@@ -48,7 +51,7 @@ class Layer(nn.Module):
         # 4. fusion: what the variable token learnt goes back among the patches
         tokens = torch.cat([tokens[:, :, :-1], variable[:, :, None]], dim=2)  # [batch, endogenous, patch + 1, width]
         tokens = self.feed_forward_norm(tokens + self.dropout(self.feed_forward(tokens)))
-        return tokens, attention
+        return tokens, attention, self_attention
 
 
 class Output(NamedTuple):
@@ -57,22 +60,24 @@ class Output(NamedTuple):
     prediction: Tensor  # [batch, horizon, endogenous variable]
     # one matrix [.., row, column] a layer, if return_attention: W_l of the documented loss
     cross_attention: tuple[Tensor, ...] | None = None
+    # one map [batch, endogenous, head, patch + 1, patch + 1] a layer, the variable token last, if return_self_attention
+    self_attention: tuple[Tensor, ...] | None = None
 
 
-class TimeXer(nn.Module):
+class TimeXer(Forecaster):
     """Forecast the endogenous variables; the exogenous ones help, and are not forecast.
 
     history, horizon: how many steps it sees and forecasts (elsewhere: seq_len, pred_len). variables: how many series
     the history holds.
     endogenous: the index or indices of those to forecast (negative: from the end); the others are exogenous. None: all
     are endogenous, and each of them is exogenous to all, itself too, as where the public code is multivariate.
-    patch_length: divides history. width, heads, layers, feed_forward_width, dropout: of the transformer (elsewhere:
-    d_model, n_heads, e_layers, d_ff).
+    patch_length: of the patches, which end with the history; its first steps, fewer than that, may be in none.
+    width, heads, layers, feed_forward_width, dropout: of the transformer (elsewhere: d_model, n_heads, e_layers, d_ff).
     variable_token: "series", an embedding of the variable's whole past, as documented; "learned", one free parameter
     for each endogenous variable, the same for every window, as published.
     return_attention: fill Output.cross_attention. attention_form: what it holds. "maps": the attention of each head,
     [batch, head, endogenous, exogenous]; "projections": the matrices of the cross-attention's query, key and value,
-    [3, width, width].
+    [3, width, width]. return_self_attention: fill Output.self_attention.
 
     model(history [batch, history, variable], exogenous=None, exogenous_mask=None) -> Output.
     exogenous: more exogenous series, [batch, time, variable]; time at most history: those that begin later are aligned
@@ -101,13 +106,16 @@ class TimeXer(nn.Module):
         variable_token: str = "series",
         return_attention: bool = False,
         attention_form: str = "maps",
+        return_self_attention: bool = False,
     ):
         super().__init__()
-        checks.integers(horizon=horizon, variables=variables, width=width, layers=layers)
-        checks.divides("patch_length", patch_length, "history", history)
+        history, horizon, variables = checks.integers(history=history, horizon=horizon, variables=variables)
+        width, layers = checks.integers(width=width, layers=layers)
+        patch_length = checks.integer("patch_length", patch_length, most=history, why="the history")
         checks.choice("variable_token", variable_token, ("series", "learned"))
         checks.choice("attention_form", attention_form, ("maps", "projections"))
-        checks.flags(return_attention=return_attention)
+        checks.flags(return_attention=return_attention, return_self_attention=return_self_attention)
+        self.return_self_attention = return_self_attention
         self.history, self.horizon, self.variables, self.patch_length = history, horizon, variables, patch_length
         self.return_attention, self.attention_form = return_attention, attention_form
         every = range(variables)
@@ -163,16 +171,19 @@ class TimeXer(nn.Module):
         inside = scaled.index_select(2, self.exogenous_index)  # [batch, history, exogenous]
         others, attention_mask = self.embed_exogenous(inside, exogenous, exogenous_mask)  # [batch, exogenous, width]
         return_maps = self.return_attention and self.attention_form == "maps"
-        maps = []
-        for layer in self.layers:
-            tokens, attention = layer(tokens, others, attention_mask, return_maps)  # 2. to 4., encoding
+        maps, self_maps = [], []
+        for layer in self.layers:  # 2. to 4., encoding
+            tokens, attention, own = layer(tokens, others, attention_mask, return_maps, self.return_self_attention)
             maps.append(attention)
+            if own is not None:
+                self_maps.append(own.unflatten(0, tokens.shape[:2]))
         forecast = self.head(self.norm(tokens).flatten(2))  # 4., decoding: [batch, endogenous, horizon]
         matrices = maps if self.attention_form == "maps" else self.projections()
         mean, std = (level.index_select(2, self.endogenous_index) for level in (mean, std))  # [batch, 1, endogenous]
         return Output(
             prediction=denormalise(forecast.mT, mean, std),
             cross_attention=tuple(matrices) if self.return_attention else None,
+            self_attention=tuple(self_maps) if self.return_self_attention else None,
         )
 
     def _check_exogenous(self, history: Tensor, exogenous, mask) -> None:

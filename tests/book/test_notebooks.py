@@ -219,6 +219,19 @@ def test_check_sees_what_was_changed_by_hand(page):
         path.write_text(text, encoding="utf-8")
 
 
+@pytest.mark.parametrize("put", ["57913", "57913<script>alert(1)</script>"])
+def test_outputs_that_were_edited_are_seen_and_made_again(page, put):
+    """The first cell printed "1 zh"; what it printed is not taken over once somebody has changed it."""
+    root, path = root_of(page), root_of(page) / "book" / "zh" / "page.ipynb"
+    before = printed(page)
+    change(path, '"1 zh\\n"', f'"{put} zh\\n"')
+    done = make_notebooks(root, "--check")
+    assert done.status == 1 and "book/zh/page.ipynb is not what book/src/page.md gives" in done.output, done.output
+    assert make_notebooks(root).status == 0
+    assert put not in path.read_text("utf-8").split('"outputs_sha256"')[0] and printed(page) != before
+    assert make_notebooks(root, "--check").status == 0
+
+
 def test_the_same_source_gives_the_same_bytes(demo_root, tmp_path):
     """Pictures, sliders and addresses of objects included; and every widget is stored with its pictures described."""
     again = small_book(tmp_path, PAGES / "demo.md", url=ADDRESS)

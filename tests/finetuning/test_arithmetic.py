@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mini_impl.assets import make_base_model
-from mini_impl.assets.make_base_model import SHARES, train_base_model
+from book.tools import make_base_model
+from book.tools.make_base_model import SHARES, accuracy, train_base_model
 from mini_impl.finetuning import arithmetic
 from mini_impl.finetuning.arithmetic import (
     BAD_KINDS,
@@ -17,7 +17,6 @@ from mini_impl.finetuning.arithmetic import (
     MAX_NEW_TOKENS,
     Problem,
     Tokenizer,
-    accuracy,
     answer,
     base_model,
     kind_of,
@@ -28,6 +27,7 @@ from mini_impl.finetuning.arithmetic import (
 from mini_impl.finetuning.language_model import load_language_model
 from mini_impl.finetuning.sampling import generate
 from mini_impl.finetuning.sft import supervised
+from mini_impl.losses import NonFiniteLoss
 from tests.tensors import same
 
 PARTS = ("train", "held out")
@@ -258,3 +258,11 @@ def test_the_command_makes_such_a_model_again():
     for kind in KINDS:
         best, sampled = accuracy(model, problems(kind, "held out"))
         assert (best < 0.6 and 0.02 < sampled < 0.6) if kind in BAD_KINDS else min(best, sampled) > 0.8
+
+
+def test_a_model_of_nan_has_no_accuracy():
+    model = arithmetic.base_model()
+    with torch.no_grad():
+        model.norm.weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteLoss, match="log-probabilities of the answers must hold finite numbers"):
+        accuracy(model, arithmetic.problems("one digit")[:3])

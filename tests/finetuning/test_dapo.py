@@ -690,3 +690,26 @@ def test_the_state_of_another_model_or_sampler():
         thresholds.update([ONES])
     with pytest.raises(RuntimeError, match="size of tensor"):
         sampler().load_state_dict(sampler(kinds=["a", "b", "c"]).state_dict())
+
+
+# --- numbers at the edge ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64, torch.float32])
+def test_lengths_of_any_kind_mean_the_same(dtype):
+    lengths = torch.tensor([2, 4, 5, 9], dtype=dtype)
+    assert overlong_penalty(lengths, max_length=6, buffer=2).tolist() == [0, 0, -0.5, -1]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+def test_ids_of_any_kind_mean_the_same(dtype):
+    completion, mask = torch.tensor([[7, 44], [44, 3]], dtype=dtype), torch.ones(2, 2, dtype=torch.bool)
+    assert finished(completion, mask, 44).tolist() == [True, True]
+    assert finished(completion, mask, 300).tolist() == [False, False]  # 44 in eight bits
+
+
+def test_what_overflows_is_named():
+    with pytest.raises(ValueError, match="scores / temperature must hold finite numbers"):
+        sampling_weights(torch.tensor([1.0, 2.0]), 1e-40)
+    with pytest.raises(NonFiniteLoss, match="the clip penalty must hold finite numbers"):
+        clip_penalty([torch.full((3,), 1e30)], [1.0])

@@ -11,11 +11,11 @@ import torch
 import mini_impl.finetuning
 from mini_impl.finetuning import dapo, grpo, head, methods, sft
 from mini_impl.finetuning.language_model import LanguageModel
-from mini_impl.finetuning.methods import METHODS, Stream, join, sample, split, written
+from mini_impl.finetuning.methods import METHODS, Stream, join, sample, split
 from mini_impl.finetuning.policy import advantages
-from mini_impl.finetuning.sampling import generate, score
+from mini_impl.finetuning.sampling import generate, score, written
 from mini_impl.finetuning.sft import add_lora
-from mini_impl.finetuning.tasks import Task, examples
+from mini_impl.finetuning.tasks import Task, examples, sums
 from mini_impl.finetuning.train import fine_tune, measure
 from mini_impl.losses import LossTerms, NonFiniteLoss
 from tests.finetuning.models import close
@@ -119,7 +119,7 @@ def test_samples_belong_to_their_problems():
 def test_texts_leave_out_the_end_of_sequence_and_what_comes_after():
     task = toy()
     rollout, _, _ = sample(small(), task, [Digit("low", 1)] * 8, 4, 1.0, seed=2)
-    for row, text in enumerate(written(rollout, task)):
+    for row, text in enumerate(written(rollout, task.tokenizer)):
         tokens = rollout.completion[row].tolist()
         end = tokens.index(STOP) if STOP in tokens else len(tokens)
         assert text == "".join(map(str, tokens[:end]))
@@ -492,7 +492,7 @@ def test_a_model_with_nothing_to_train():
         ({"measure_every": 0}, "measure_every must be at least 1; got 0"),
         ({"questions": 0}, "questions must be at least 1; got 0"),
         ({"seed": -1}, "seed must be at least 0; got -1"),
-        ({"learning_rate": 0}, "learning_rate must be a finite number greater than 0; got 0"),
+        ({"learning_rate": 0}, "learning_rate must be a finite number greater than 0 .*; got 0"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm must be a finite number greater than 0; got nan"),
         ({"device": "abacus"}, "device: 'abacus' cannot be used here"),
     ],
@@ -516,3 +516,12 @@ def test_every_method_says_what_it_is():
 
 def test_the_example_of_the_package_runs():
     assert doctest.testmod(mini_impl.finetuning) == (0, 5)
+
+
+def test_a_first_model_of_nan_is_named():
+    model, task = sums()
+    first = copy.deepcopy(model)
+    with torch.no_grad():
+        first.norm.weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteLoss, match="KL and entropy of the model must hold finite numbers"):
+        measure(model, first, task, questions=8)

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from bench.weights import llama_of
+from mini_impl.finetuning import sft
 from mini_impl.finetuning.language_model import hugging_face_name
 from mini_impl.finetuning.sft import (
     LoRALinear,
@@ -429,6 +431,54 @@ def test_an_adapter_of_transformers_own_model(tmp_path):
         same(load_adapter(golden_model(), tmp_path)(tokens), expected, 1e-5)
 
 
+@pytest.mark.parametrize("alpha", [None, 6])
+def test_the_transposed_layers_of_gpt2(alpha, tmp_path):
+    """transformers' Conv1D has its weight as [in, out]: PEFT reads ours, we read PEFT's, and merging is exact."""
+    peft = pytest.importorskip("peft", reason="PEFT is in the optional extra 'parity'")
+    transformers = pytest.importorskip("transformers", reason="transformers is in the optional extra 'parity'")
+
+    def gpt2():
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 20, "n_embd": 8, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+
+    tokens = whole(20, 2, 7)
+    ours = shake(add_lora(gpt2(), ("c_attn", "c_proj"), rank=3, alpha=alpha))
+    assert ours.transformer.h[0].attn.c_attn.A.shape == (3, 8)
+    with torch.no_grad():
+        expected = ours(tokens).logits
+        assert (expected - gpt2()(tokens).logits).abs().max() > 0.01
+        save_adapter(ours, tmp_path / "ours")
+        theirs = peft.PeftModel.from_pretrained(gpt2(), tmp_path / "ours")
+        same(theirs(tokens).logits, expected, 1e-5)
+        theirs.save_pretrained(tmp_path / "theirs")
+        same(load_adapter(gpt2(), tmp_path / "theirs")(tokens).logits, expected, 1e-6)
+        same(merge_and_unload(ours)(tokens).logits, expected, 1e-5)
+
+
+def test_a_stop_between_the_two_files_leaves_no_new_weights_with_old_scales(tmp_path, monkeypatch):
+    save_adapter(add_lora(golden_model(), rank=2, alpha=4), tmp_path)
+    write = sft.write_bytes
+
+    def stopping(path, content):
+        if path.name == "adapter_config.json":
+            raise OSError("disk full")
+        write(path, content)
+
+    monkeypatch.setattr(sft, "write_bytes", stopping)
+    with pytest.raises(OSError, match="disk full"):
+        save_adapter(add_lora(golden_model(), rank=2, alpha=8), tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
+        load_adapter(golden_model(), tmp_path)
+
+
+def test_what_peft_has_no_name_for_is_not_stored(tmp_path):
+    around = nn.Sequential(add_lora(golden_model(), rank=2))
+    with pytest.raises(ValueError, match=r"model must be the LanguageModel itself: .* PEFT has no names"):
+        save_adapter(around, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_layers_of_another_model_keep_their_names(tmp_path):
     save_adapter(add_lora(nn.ModuleDict({"layers": nn.Sequential(nn.Linear(4, 3))}), ["0"], rank=1), tmp_path)
     tensors = load((tmp_path / "adapter_model.safetensors").read_bytes())
@@ -494,7 +544,11 @@ def test_bad_labels_are_named(change, error, says):
         (lambda: LoRALinear(nn.Linear(4, 3), 0), ValueError, "rank must be at least 1; got 0"),
         (lambda: LoRALinear(nn.Linear(4, 3), 4), ValueError, "rank must be at most 3, as the weight of base is 3 x 4"),
         (lambda: LoRALinear(nn.Linear(4, 3), 2, 0), ValueError, "alpha.*greater than 0; got 0"),
-        (lambda: LoRALinear(nn.Embedding(4, 3), 2), TypeError, "base must be an nn.Linear; got Embedding"),
+        (
+            lambda: LoRALinear(nn.Embedding(4, 3), 2),
+            TypeError,
+            "base must be an nn.Linear, or a Conv1D .*; got Embedding",
+        ),
         (lambda: add_lora(tiny(), rank=9), ValueError, "rank must be at most 8, as the weight of .*value is 8 x 16"),
         (lambda: add_lora(tiny(), targets=("query", "q_proj")), ValueError, "targets.*some of .*'query'.*'q_proj'"),
         (lambda: add_lora(tiny(), targets=()), ValueError, r"targets must be several names.*got \(\)"),
@@ -574,3 +628,25 @@ def test_loss_terms_is_what_every_loss_returns():
     for loss in (documented_loss(LOGITS, LABELS), published_loss(LOGITS, LABELS)):
         assert isinstance(loss, LossTerms) and list(loss.terms) == ["cross_entropy"]
         assert loss.total.item() == pytest.approx(math.log(5))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+@pytest.mark.parametrize("loss", [documented_loss, published_loss])
+def test_labels_of_any_kind_mean_the_same(loss, dtype):
+    """156 is what -100 is in eight bits; here it is a token."""
+    labels = torch.tensor([[3, 156], [120, 9]])
+    logits = random(2, 2, 160)
+    assert loss(logits, labels.to(dtype)).total == loss(logits, labels).total
+
+
+def test_what_is_no_token_id_is_no_part_of_a_prompt():
+    for prompts, answers, padding, words in [
+        ([[1.7, 2]], [[3]], 0, "lists of token ids, whole numbers; got float"),
+        ([[1, 2]], [[True]], 0, "lists of token ids, whole numbers; got bool"),
+        ([[1, 2]], [[3]], True, "padding must be a whole number"),
+        ([[1, 2]], [[3]], 0.5, "padding must be a whole number"),
+    ]:
+        with pytest.raises(TypeError, match=words):
+            supervised(prompts, answers, padding)
+    tokens, _, _ = supervised([[np.uint8(200), 1]], [[2]], np.int64(0))
+    assert tokens.tolist() == [[200, 1]]

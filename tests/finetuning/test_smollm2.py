@@ -1,5 +1,6 @@
 """SmolLM2: token ids, chat prompts, logits and answers of another implementation; files right and wrong."""
 
+import hashlib
 import http.server
 import json
 import sys
@@ -150,10 +151,12 @@ def folder(small, tmp_path):
     from tokenizers.models import BPE
 
     weights = {hugging_face_name(name): value for name, value in small.state_dict().items()}
-    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, tmp_path / smollm2.FILES[0])
+    save_file(
+        weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors"
+    )
     pieces = Tokenizer(BPE({"a": 0, "b": 1, "ab": 3, "c": 4}, [("a", "b")]))
     pieces.add_special_tokens(["<|im_end|>"])
-    pieces.save(str(tmp_path / smollm2.FILES[1]))
+    pieces.save(str(tmp_path / "tokenizer.json"))
     return tmp_path
 
 
@@ -192,6 +195,9 @@ def test_the_weights_of_another_model(small, folder):
 # --- the download -----------------------------------------------------------------------------------------------------
 
 
+CONTENTS = {"model.safetensors": b"weights", "tokenizer.json": b"{}"}
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """An empty cache folder, and a server of our own in the place of the hub; what it was asked, and what it sends."""
@@ -208,9 +214,11 @@ def hub(tmp_path, monkeypatch):
         def log_message(self, *arguments):
             pass
 
-    requests, answers = [], {"/model.safetensors": (b"weights", 0), "/tokenizer.json": (b"{}", 0)}
+    requests, answers = [], {f"/{name}": (content, 0) for name, content in CONTENTS.items()}
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in CONTENTS.items()}
+    monkeypatch.setattr(smollm2, "FILES", hashes)
     monkeypatch.setattr(smollm2, "HUB", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -225,14 +233,14 @@ def test_it_is_downloaded_once(hub, tmp_path):
     folder = download_smollm2()
     assert folder == tmp_path / "cache" / "mini_impl" / "SmolLM2-135M-Instruct"
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert files == {"model.safetensors": b"weights", "tokenizer.json": b"{}"}
+    assert files == CONTENTS
     assert download_smollm2() == folder and requests == ["/model.safetensors", "/tokenizer.json"]
 
 
 def test_a_cut_download_leaves_nothing_and_goes_on_with_the_next_file(hub):
     requests, answers = hub
     answers["/tokenizer.json"] = (b"{", 10)
-    with pytest.raises(ConnectionError, match=r"could not download .*tokenizer.json .*MINI_IMPL_DATA to the folder"):
+    with pytest.raises((ConnectionError, ValueError), match=r"could not download .*tokenizer.json|not .* as published"):
         download_smollm2()
     answers["/tokenizer.json"] = (b"{}", 0)
     folder = download_smollm2()
@@ -254,4 +262,7 @@ def test_a_copy_of_ones_own(hub, tmp_path, monkeypatch):
             download_smollm2()
         (tmp_path / "SmolLM2-135M-Instruct").mkdir(exist_ok=True)
         (tmp_path / "SmolLM2-135M-Instruct" / file).touch()
+        with pytest.raises(ValueError, match=rf"is not SmolLM2-135M-Instruct/{file} as published"):
+            download_smollm2()
+        (tmp_path / "SmolLM2-135M-Instruct" / file).write_bytes(CONTENTS[file])
     assert download_smollm2() == tmp_path / "SmolLM2-135M-Instruct" and not requests

@@ -1,6 +1,7 @@
 """The command mini-impl, run as a user would."""
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -10,8 +11,9 @@ import sys
 import pytest
 import torch
 
+from mini_impl.checkpoint import load_checkpoint
 from mini_impl.cli import main
-from mini_impl.forecasting import FORECASTERS, data
+from mini_impl.forecasting import FORECASTERS, data, forecast, load
 from mini_impl.forecasting.baselines import repeat_last, repeat_season
 from mini_impl.forecasting.data import load_csv, prepare
 from mini_impl.forecasting.train import evaluate
@@ -34,7 +36,7 @@ def csv(tmp_path):
     for hour, (one, two, three) in enumerate(noise.tolist()):
         wave = math.sin(2 * math.pi * hour / 24)
         values = f"{wave + 0.2 * one:.4f},{10 * wave + two:.4f},{three - wave:.4f}"
-        lines.append(f"day {hour // 24} hour {hour % 24},{values}")
+        lines.append(f"2024-03-{hour // 24 + 1:02} {hour % 24:02}:00,{values}")
     path = tmp_path / "waves.csv"
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -53,7 +55,7 @@ def test_it_trains_tests_and_reports(csv, tmp_path, capsys, loss):
     assert result["command"] == ["mini-impl", *arguments]
     assert result["settings"]["loss"] == loss and result["settings"]["split"] == [400, 100, 100]
     assert result["settings"]["weight"] == ({"trend_weight": 1.0} if loss == "documented" else {})
-    assert result["settings"]["set"] == {"kernel_size": 7}
+    assert result["settings"]["set"] == {"kernel_size": 7, "weights": None}
     assert result["windows"] == {"train": 341, "validation": 89, "test": 89}
     assert len(result["validation"]["mse of each epoch"]) == 2
     _, _, test, _ = prepare(load_csv(csv).values, (400, 100, 100), 48, 12)
@@ -156,16 +158,84 @@ def test_the_same_seed_gives_the_same_numbers_and_weights_matter(csv, tmp_path):
     assert mse() != mse("--weight", "trend_weight=0")
 
 
-def test_a_checkpoint_goes_on(csv, tmp_path):
+def test_a_checkpoint_goes_on(csv, tmp_path, monkeypatch):
     def weights_after(*more):
         arguments = ["forecast", "dlinear", "--csv", str(csv), *QUICK, "--json", str(tmp_path / "out.json"), *more]
         main(arguments)
         return json.loads((tmp_path / "out.json").read_text())["validation"]["mse of each epoch"]
 
-    path = str(tmp_path / "run")
-    first = weights_after("--checkpoint", path)
-    further = weights_after("--checkpoint", path, "--epochs", "4")
-    assert further[:2] == first and further == weights_after("--epochs", "4")
+    path, step, calls = str(tmp_path / "run"), torch.optim.Adam.step, itertools.count(1)
+
+    def stopping(optimizer):
+        if next(calls) == 7:
+            raise ValueError("stopped here")
+        step(optimizer)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(torch.optim.Adam, "step", stopping)
+        weights_after("--checkpoint", path, "--save-every", "4")
+    assert load_checkpoint(path)[1]["step"] == 4
+    assert weights_after("--checkpoint", path) == weights_after()
+
+
+@pytest.mark.parametrize("model", SMALL)
+def test_a_kept_model_predicts_next_week(csv, tmp_path, capsys, model):
+    settings = [part for setting in SMALL[model] for part in ("--set", setting)]
+    size = ["--history", "48", "--horizon", "12", "--epochs", "1", "--batch-size", "128"]
+    kept, out = tmp_path / "model", tmp_path / "future.csv"
+    main(["forecast", model, "--csv", str(csv), *size, *settings, "--save", str(kept)])
+    said = capsys.readouterr().out
+    assert re.search(r"test, MAE in its unit +\w+ +last value +last 24 steps again\na +\d", said)
+    main(["predict", str(kept), "--csv", str(csv), "--out", str(out)])
+    future, expected = load_csv(out), forecast(load(kept), load_csv(csv))
+    assert torch.equal(future.values, expected.values) and future.names == ("a", "b", "c")
+    assert (future.times == expected.times).all() and future.time_name == "date"
+    assert out.read_text().startswith("date,a,b,c\n2024-03-26 00:00:00,")
+    assert re.match(r"after 600 rows +2024-03-26T00:00:00 +2024-03-26T11:00:00\na +-?\d", capsys.readouterr().out)
+
+
+def test_errors_are_in_units_too(csv, tmp_path):
+    main(["forecast", "dlinear", "--csv", str(csv), *QUICK, "--json", str(tmp_path / "out.json")])
+    result = json.loads((tmp_path / "out.json").read_text())
+    _, _, test, scaler = prepare(load_csv(csv), (420, 60, 120), 48, 12)
+    history, target = test[:]
+    by_hand = (repeat_last(history, 12) - target).abs().mean((0, 1)) * scaler.std
+    assert result["mean absolute error"]["last value"] == pytest.approx(dict(zip("abc", by_hand.tolist(), strict=True)))
+    z_scored = result["test"]["dlinear"]["mae"]
+    found = [result["mean absolute error"]["dlinear"][name] for name in "abc"]
+    assert z_scored == pytest.approx((torch.tensor(found) / scaler.std).mean().item(), rel=1e-5)
+
+
+def test_what_does_not_fit_a_kept_model_is_said(csv, tmp_path, capsys):
+    kept, other, out = tmp_path / "model", tmp_path / "other.csv", tmp_path / "future.csv"
+    main(["forecast", "dlinear", "--csv", str(csv), *QUICK, "--save", str(kept)])
+    other.write_text(csv.read_text().replace("date,a,b,c", "date,a,B,c"))
+    for arguments, says in [
+        ([kept, "--csv", other, "--out", out], "'b' is missing: it has 'a', 'B', 'c'"),
+        ([csv, "--csv", csv, "--out", out], "is not a whole safetensors file"),
+        ([kept, "--csv", csv, "--out", csv], "--csv and --out must be two files"),
+        ([kept, "--csv", csv, "--out", tmp_path], "--out: .* cannot be written"),
+        ([kept, "--csv", csv], "the following arguments are required: --out"),
+        ([tmp_path / "none", "--csv", csv, "--out", out], "No such file or directory"),
+    ]:
+        with pytest.raises(SystemExit) as ended:
+            main(["predict", *map(str, arguments)])
+        assert ended.value.code == 2 and re.search(says, capsys.readouterr().err)
+    assert not out.exists()
+
+
+def test_patchtst_is_pre_trained_by_filling_in(csv, tmp_path, capsys):
+    settings = ["patch_length=8", "width=8", "heads=2", "layers=1", "feed_forward_width=8", "mask_ratio=0.5"]
+    arguments = ["forecast", "patchtst", "--csv", str(csv), "--history", "50", "--horizon", "12", "--epochs", "1"]
+    arguments += [part for setting in settings for part in ("--set", setting)]
+    main([*arguments, "--pretrain", "2", "--checkpoint", str(tmp_path / "run"), "--save", str(tmp_path / "model")])
+    masked = load_checkpoint(tmp_path / "run.pretrain")[1]
+    assert len(masked["validation"]) == 2 and list(masked["terms"]) == ["reconstruction"]
+    assert load_checkpoint(tmp_path / "run")[1]["terms"].keys() == {"forecast", "uniformity"}
+    assert load(tmp_path / "model").settings["pad_end"] is False
+    with pytest.raises(SystemExit):
+        main(["forecast", "dlinear", "--csv", str(csv), *QUICK, "--pretrain", "2"])
+    assert "--pretrain is for patchtst alone; got dlinear" in capsys.readouterr().err
 
 
 @pytest.mark.slow

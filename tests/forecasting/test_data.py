@@ -4,13 +4,15 @@ import gzip
 import hashlib
 from importlib.resources import files
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mini_impl.forecasting import data
-from mini_impl.forecasting.data import Scaler, Series, Windows, load_auckland, load_csv, prepare, split
+from mini_impl.forecasting.data import Scaler, Series, Windows, load_auckland, load_csv, prepare, save_csv, split
+from mini_impl.table import times_after
 from tests.tensors import random, same
 
 # --- the embedded series --------------------------------------------------------------------------------------------
@@ -26,10 +28,11 @@ def test_the_embedded_file_is_the_one_that_was_made():
 
 
 def test_auckland():
-    values, names = load_auckland()
+    values, names, times, _ = load_auckland()
     assert values.shape == (17544, 7) and values.dtype == torch.float32
     assert names[0] == "45 Queen Street" and len(set(names)) == 7
     assert torch.equal(values, values.round()) and values.min() == 0
+    assert len(times) == 17544 and str(times[0]) == "2023-01-01T00:00:00" and str(times[-1]) == "2024-12-31T23:00:00"
     sums = [10202849, 7348687, 10678318, 3190946, 3109076, 5555195, 6057496]
     assert values.double().sum(0).tolist() == sums
 
@@ -92,7 +95,7 @@ def test_what_is_written_is_read(tmp_path_factory, variables, time, with_time, w
         ("date,b\n20160701,2\n20160702,4\n", ("b",)),  # numbers, but called a date
         (" Date ,b\n1,2\n2,4\n", ("b",)),
         ("hour,b\n01:00,2\n02:00,4\n", ("b",)),  # not called so, but no numbers
-        ("时间,流量\n一,2\n二,4\n", ("流量",)),
+        ("时间,流量\n2024年5月1日 7时,2\n2024年5月1日 8时,4\n", ("流量",)),
         ("date,0,OT\n2016-07-01,2,3\n2016-07-02,4,5\n\n\n", ("0", "OT")),  # blank lines at the end do no harm
         ("a\n1e3\n -.5 \n", ("a",)),
         ("\nwhen,a\n1/7/2016,1\n2/7/2016,2\n", ("a",)),
@@ -130,15 +133,116 @@ def test_which_column_is_the_time(tmp_path, text, names):
         ("a;b\n1;2\n3;4\n", r"line 1: .* with commas between; got 'a;b'"),
         ("2016-07-01,2\n2016-07-02,4\n2016-07-03,6\n", r"line 1: it must give each column a name"),
         ("date\n1\n2\n", r"the only column is the time"),
+        ("时间,流量\n2024-05-01,2\n二,4\n", r"series.csv, line 3: wanted a time such as 2016-07-01 05:00; got '二'"),
+        ('a,b\n1,2\n"3,4\n5,6\n7,8\n', r"series.csv must be a CSV file .* got: from line 3 on, unexpected end of data"),
         ("", r"at least 2 below it; got 0"),
         ("\n\n", r"at least 2 below it; got 0"),
         (b"a,b\n1,2\n3,\xff\n", r"series.csv must be a CSV file in UTF-8, .* got: 'utf-8' codec"),
-        ("a,b\n1,2\n3," + "4" * 140_000 + "\n", r"series.csv must be a CSV file .* got: field larger than"),
+        (
+            "a,b\n1,2\n3," + "4" * 140_000 + "\n",
+            r"must be a CSV file .* got: from line 3 on, field larger than",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_where_it_is(tmp_path, text, words):
     with pytest.raises(ValueError, match=words):
         load_csv(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("cells", "step", "after"),
+    [
+        (
+            ["2016-07-01 00:00:00", "2016-07-01 01:00:00"],
+            "3600 seconds",
+            ["2016-07-01T02:00:00", "2016-07-01T03:00:00"],
+        ),
+        (["2016/7/1 9:30", "2016/7/1 9:45"], "900 seconds", ["2016-07-01T10:00:00", "2016-07-01T10:15:00"]),
+        (
+            ["2016-12-30T23:00Z", "2016-12-31T01:30+01:30"],
+            "3600 seconds",
+            ["2016-12-31T01:00:00", "2016-12-31T02:00:00"],
+        ),
+        (["31.12.2020", "1.1.2021"], "86400 seconds", ["2021-01-02T00:00:00", "2021-01-03T00:00:00"]),
+        (
+            ["1/2/2021", "2/2/2021", "3/2/2021"],
+            "86400 seconds",
+            ["2021-02-04T00:00:00", "2021-02-05T00:00:00"],
+        ),
+        (["12/31/2020", "1/7/2021"], "604800 seconds", ["2021-01-14T00:00:00", "2021-01-21T00:00:00"]),
+        (["2020-01", "2020-02", "2020-03"], "1 months", ["2020-04-01T00:00:00", "2020-05-01T00:00:00"]),
+        (["2023-12-31", "2024-01-31", "2024-02-29"], "1 months", ["2024-03-31T00:00:00", "2024-04-30T00:00:00"]),
+        (["2020-04-15", "2020-07-15", "2020-10-15"], "3 months", ["2021-01-15T00:00:00", "2021-04-15T00:00:00"]),
+        (["2019-01-01", "2020-01-01", "2021-01-01"], "12 months", ["2022-01-01T00:00:00", "2023-01-01T00:00:00"]),
+        (["2016年7月1日 5时", "2016年7月1日 6时"], "3600 seconds", ["2016-07-01T07:00:00", "2016-07-01T08:00:00"]),
+        (["1467331200", "1467334800"], "3600.0", ["1467338400.0", "1467342000.0"]),
+        (["0.1", "0.2", "0.3"], "0.1", ["0.4", "0.5"]),
+        (["1999", "2000"], "1.0", ["2001.0", "2002.0"]),
+    ],
+)
+def test_times_are_read_and_go_on(tmp_path, cells, step, after):
+    text = "time,a\n" + "".join(f"{cell},{row**2}\n" for row, cell in enumerate(cells))
+    series = load_csv(write(tmp_path, text))
+    assert str(series.step) == step and len(series.times) == len(cells) and series.time_name == "time"
+    times = times_after(series.times, 2)
+    assert [str(time) for time in (times.round(9) if times.dtype == float else times)] == after
+
+
+@pytest.mark.parametrize(
+    ("cells", "words"),
+    [
+        (["01:00", "02:00", "04:00", "05:00"], "line 4: '04:00' is not 1:00:00 after '02:00' on the line before; rows"),
+        (["2024-01-01", "2024-01-02", "2024-01-02"], "line 4: '2024-01-02' is the same time as '2024-01-02'"),
+        (["2024-01-03", "2024-01-02", "2024-01-01"], "line 3: '2024-01-02' is earlier than '2024-01-03'"),
+        (["2024-01-01", "2024-01-02", "2024-01-05", "2024-01-03"], "line 5: '2024-01-03' is earlier"),
+        (["1", "2", "3", "5"], "line 5: '5' is not 1.0 after '3'"),
+        (["2024-01-31", "2024-02-29", "2024-04-30"], "line 3: '2024-02-29' is not|line 4: '2024-04-30' is not"),
+    ],
+)
+def test_gaps_duplicates_and_wrong_order_are_named(tmp_path, cells, words):
+    text = "date,a\n" + "".join(f"{cell},{row**2}\n" for row, cell in enumerate(cells))
+    with pytest.raises(ValueError, match=rf"series.csv, ({words}).*: sort them, fill gaps, drop what is twice"):
+        load_csv(write(tmp_path, text))
+
+
+def test_a_number_that_only_counts_time_is_no_variable(tmp_path):
+    def file(counts):
+        return write(tmp_path, "a,ts\n" + "".join(f"{row % 5},{count}\n" for row, count in enumerate(counts)))
+
+    unix = [1467331200 + 3600 * row for row in range(30)]  # of which float32 would see steps of 0 and 128
+    for counts in (unix, unix[:20] + unix[21:], [row / 10 for row in range(30)]):
+        with pytest.raises(ValueError, match=r"series.csv, column 'ts': it rises by .* so it counts time .*call it"):
+            load_csv(file(counts))
+    meter = [row**1.5 for row in range(30)]  # rises, but not evenly
+    assert load_csv(file(meter)).names == ("a", "ts")
+
+
+def test_a_small_file_cannot_fill_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("mini_impl.table.UNPACKED", 2**20)
+    bomb = write(tmp_path, gzip.compress(b"a\n" + bytes(2**21)), "series.csv.gz")
+    with pytest.raises(ValueError, match=r"series.csv.gz holds more than 1 MB"):
+        load_csv(bomb)
+
+
+@given(st.integers(1, 3), st.integers(2, 5), st.data())
+def test_what_save_csv_writes_load_csv_reads(tmp_path_factory, variables, rows, draw):
+    values = torch.tensor([[draw.draw(numbers) for _ in range(variables)] for _ in range(rows)])
+    values[1] = torch.where(values[0] > 0, values[0] / 2, values[0] / 2 + 1)  # no constant column
+    names = tuple(f'列 {i}, "x"' for i in range(variables))
+    start = np.datetime64("2024-02-28", "s")
+    for times in (
+        None,
+        start + np.arange(rows) * np.timedelta64(86400, "s"),
+        start + np.arange(rows),
+        np.arange(rows) / 4,
+    ):
+        path = tmp_path_factory.mktemp("csv") / "a.csv"
+        save_csv(Series(values, names, times, "when" if times is None else "date"), path)
+        if times is None:
+            path.write_text(path.read_text("utf-8").replace("when", "time"), "utf-8")
+        series = load_csv(path)
+        assert torch.equal(series.values, values) and series.names == names
+        assert (series.times == (np.arange(rows) + 1 if times is None else times)).all()
 
 
 def test_a_broken_gzip_file_is_a_value_error(tmp_path):
@@ -366,3 +470,12 @@ def test_ett_is_checked_by_what_was_published(tmp_path, monkeypatch):
     assert data.download_ett("ETTh2") == path
     with pytest.raises(ValueError, match="name must be one of 'ETTh1', 'ETTh2'; got 'ETTm1'"):
         data.download_ett("ETTm1")
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16])
+def test_half_precision_is_scaled_without_rounding_the_scaler(dtype):
+    scaler = Scaler(torch.tensor([1.0]), torch.tensor([1e-8]))  # 0 in half precision
+    with pytest.raises(ValueError, match="the z-scores of values must hold finite numbers"):
+        scaler.apply(torch.full((2, 1), 1e4, dtype=torch.half))
+    assert scaler.apply(torch.ones(2, 1, dtype=dtype)).tolist() == [[0.0], [0.0]]
+    assert scaler.invert(torch.ones(2, 1, dtype=dtype)).tolist() == [[1.0], [1.0]]

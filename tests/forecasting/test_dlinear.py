@@ -1,6 +1,7 @@
 """DLinear: by hand, in closed form, against float64 arithmetic written apart, and against another implementation."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -244,14 +245,18 @@ GOOD = torch.zeros(2, 10, 3)
     ("call", "error", "says"),
     [
         (lambda: decompose(GOOD, 4), ValueError, "kernel_size must be odd.*got 4"),
-        (lambda: decompose(GOOD, 11), ValueError, "kernel_size must be at most 10,.*got 11"),
+        (lambda: decompose(GOOD, 11), ValueError, "kernel_size must be odd, .* at most 9, as .*got 11"),
         (lambda: decompose(GOOD[0], 3), ValueError, r"series.*\[batch, time, variable\].*got shape \[10, 3\]"),
         (lambda: decompose(GOOD / 0, 3), ValueError, "series.*60 of its 60 are NaN"),
         (lambda: half_weighted(7), ValueError, "period must be a multiple of 2; got 7"),
-        (lambda: weighted_average(GOOD, torch.ones(11)), ValueError, "number of weights must be at most 10,.*got 11"),
+        (
+            lambda: weighted_average(GOOD, torch.ones(11)),
+            ValueError,
+            "number of weights must be odd, .* at most 9, as .*got 11",
+        ),
         (lambda: weighted_average(GOOD, [1.0]), TypeError, r"weights must be a floating-point tensor.*got list"),
         (lambda: weighted_average(GOOD, torch.ones(1) / 0), ValueError, "weights must hold finite numbers only"),
-        (lambda: DLinear(history=20, horizon=3), ValueError, "kernel_size must be at most 20,.*got 25"),
+        (lambda: DLinear(history=20, horizon=3), ValueError, "kernel_size must be odd, .* at most 19, as .*got 25"),
         (lambda: documented_loss(Output(GOOD, GOOD[:1]), GOOD), ValueError, "output.trend and target"),
         (lambda: documented_loss(Output(GOOD, GOOD / 0), GOOD).values(), NonFiniteLoss, "term 'trend'.*nan"),
         (lambda: closed_form(GOOD.tolist(), GOOD, 5), TypeError, "history must be a floating-point tensor.*got list"),
@@ -265,3 +270,44 @@ GOOD = torch.zeros(2, 10, 3)
 def test_bad_input_is_named(call, error, says):
     with pytest.raises(error, match=says):
         call()
+
+
+# --- another low-pass filter ------------------------------------------------------------------------------------------
+
+
+def test_equal_weights_make_the_model_of_the_moving_average():
+    history = random(2, 30, 3)
+    torch.manual_seed(0)
+    plain = DLinear(30, 4, kernel_size=5).double()
+    torch.manual_seed(0)
+    weighted = DLinear(30, 4, weights=[1 / 5] * 5).double()
+    torch.testing.assert_close(plain(history), weighted(history))
+
+
+def test_the_average_over_a_day_leaves_no_daily_wave_in_the_trend():
+    """Away from the edges: there T holds only what repeated values add."""
+    model = DLinear(96, 4, weights=half_weighted(24)).double()
+    with torch.no_grad():
+        model.trend.weight.zero_()
+        model.trend.bias.zero_()
+        model.trend.weight[:, 48] = 1  # the trend branch tells the middle of the trend
+    wave = torch.sin(2 * torch.pi * torch.arange(96.0, dtype=torch.float64) / 24)[None, :, None]
+    assert model(wave).trend.abs().max() < 1e-12
+    assert DLinear(96, 4, weights=half_weighted(24)).settings["weights"] == tuple(half_weighted(24).tolist())
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "says"),
+    [
+        (
+            [0.5, 0.5],
+            ValueError,
+            "weights must be odd, .* and at most 9, as there are 10 time steps; got 2",
+        ),
+        ([0.1] * 11, ValueError, "the number of weights must be odd, .* at most 9"),
+        ([math.nan], ValueError, "each of the weights must be a finite number; got nan"),
+    ],
+)
+def test_weights_that_are_no_filter(weights, error, says):
+    with pytest.raises(error, match=says):
+        DLinear(10, 2, weights=weights)

@@ -3,11 +3,13 @@
 import functools
 import inspect
 import math
+import re
 import shutil
 import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -26,6 +28,7 @@ OWN = {TimesNet: {"per_window": True}}
 COMPILER = (
     any(map(shutil.which, ("c++", "g++", "clang++"))) and Path(sysconfig.get_path("include"), "Python.h").exists()
 )
+SEVERAL = [kind for kind in FORECASTERS.values() if "variables" in inspect.signature(kind).parameters]
 IN_PIECES = [TimesNet]  # it looks at its data on the way, so that torch.compile cannot see it as one graph
 
 
@@ -364,3 +367,41 @@ def test_weights_that_diverged_are_named_by_the_loss(forecaster, form):
         model.get_parameter(name).data.view(-1)[0] = math.nan
         with pytest.raises(NonFiniteLoss, match=r"the term '.*' of the loss is nan"):
             loss_of(forecaster, form)(model(random(*HISTORY_SHAPE)), target).values()
+
+
+@pytest.mark.parametrize("history", range(8, 31))
+def test_any_history_will_do_or_the_error_says_what_would(forecaster, history):
+    """With a size that the error names, if the defaults are too large for it."""
+    changes, more = {}, {"variables": 3} if "variables" in inspect.signature(forecaster).parameters else {}
+    for _ in range(2):
+        try:
+            model = forecaster(history, 4, **more, **changes)
+            break
+        except ValueError as error:
+            name, most = re.match(r"(\w+) must be .*at most (\d+)", str(error)).groups()
+            changes[name] = int(most)
+    prediction = model.eval()(random(2, history, 3, dtype=torch.float32)).prediction
+    assert prediction.shape == (2, 4, 3) and prediction.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.int64])
+def test_whole_numbers_of_any_kind_mean_the_same(forecaster, kind):
+    """200 + 100 is 44 in eight bits."""
+    sizes = {"history": 200, "horizon": 100, **({"variables": 3} if forecaster in SEVERAL else {})}
+    torch.manual_seed(0)
+    plain = forecaster(**sizes)
+    torch.manual_seed(0)
+    counted = {name: value.default for name, value in inspect.signature(forecaster).parameters.items()}
+    counted = {name: value for name, value in counted.items() if type(value) is int and value < 256}
+    other = forecaster(**{name: kind(value) for name, value in {**counted, **sizes}.items()})
+    assert {name: value.shape for name, value in plain.state_dict().items()} == {
+        name: value.shape for name, value in other.state_dict().items()
+    }
+    history = random(2, 200, 3, dtype=torch.float32)
+    assert torch.equal(plain.eval()(history).prediction, other.eval()(history).prediction)
+
+
+def test_numbers_whose_squares_overflow_are_named(forecaster):
+    history = torch.full((2, HISTORY, VARIABLES), 1e20)
+    with pytest.raises(ValueError, match=r"history must hold numbers of at most 3.84e\+17 in size; got 1e\+20"):
+        made(forecaster)(history)

@@ -135,11 +135,29 @@ def test_documented_steps_and_their_shapes(variable_token):
     assert others.shape == (3, 3, 8) and attention_mask is None
     maps = []
     for layer in model.layers:
-        tokens, attention = layer(tokens, others, None, True)
+        tokens, attention, own = layer(tokens, others, None, True, True)
+        assert own.shape == (3, 2, 4, 4)
         maps.append(attention)
     assert [attention.shape for attention in maps] == [(3, 2, 1, 3)] * 2
     forecast = model.head(model.norm(tokens).flatten(2)).mT * std[..., 3:] + mean[..., 3:]  # 4. read out
     equal(model(history), Output(forecast, tuple(maps)), atol=0)
+
+
+def test_the_map_among_the_tokens_of_a_variable_by_hand():
+    """softmax(Q K' / sqrt(head_dim)) of the first layer; rows sum to 1; the forecast does not change."""
+    model = small(endogenous=(0, 2), return_self_attention=True)
+    history = random(3, 12, 4)
+    output = model(history)
+    assert [tuple(grid.shape) for grid in output.self_attention] == [(3, 2, 2, 4, 4)] * 2
+    tokens = model.embed(normalise(history)[0][..., [0, 2]])  # [batch, endogenous, patch + 1, width]
+    attention = model.layers[0].self_attention
+    query, key, _ = (part.unflatten(-1, (2, 4)).transpose(2, 3) for part in attention.projection(tokens).chunk(3, -1))
+    by_hand = (query @ key.mT / 4**0.5).softmax(-1)
+    torch.testing.assert_close(output.self_attention[0], by_hand)
+    torch.testing.assert_close(output.self_attention[1].sum(-1), torch.ones(3, 2, 2, 4, dtype=torch.float64))
+    model.return_self_attention = False
+    assert model(history).self_attention is None
+    torch.testing.assert_close(model(history).prediction, output.prediction)
 
 
 def test_the_learned_token_is_the_same_for_all_windows():
@@ -255,7 +273,7 @@ def test_only_variable_tokens_hear_of_the_exogenous():
         for others in (one, other):
             out = tokens
             for layer in model.layers:
-                out, _ = layer(out, others, None, False)
+                out, *_ = layer(out, others, None, False, False)
             moved.append(out)
         differ = (moved[0] - moved[1]).abs().amax((0, 1, 3)) > 1e-9  # [patch + 1]
         assert differ.tolist() == [patches_move] * 3 + [True]
@@ -617,7 +635,7 @@ def spoilt(place, value=math.nan):
 @pytest.mark.parametrize(
     ("call", "error", "says"),
     [
-        (lambda: made(patch_length=5), ValueError, "history must be a multiple of patch_length; got 12 and 5"),
+        (lambda: made(patch_length=13), ValueError, "patch_length must be at most 12, the history; got 13"),
         (lambda: made(patch_length=0), ValueError, "patch_length must be at least 1; got 0"),
         (lambda: made(endogenous=4), ValueError, "endogenous must be an index from -4 to 3.*got 4"),
         (lambda: made(endogenous="0"), TypeError, "endogenous must be.*got '0'"),

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from mini_impl.forecasting.data import Windows
+from mini_impl.forecasting.data import Origin, Scaler, Windows
 from mini_impl.forecasting.dlinear import DLinear, Output, documented_loss, published_loss
-from mini_impl.forecasting.train import evaluate, fit
+from mini_impl.forecasting.train import absolute_errors, evaluate, fit, learning_rate_at
 from mini_impl.losses import LossTerms, NonFiniteLoss
 
 
@@ -107,9 +107,59 @@ def test_one_step_is_one_step_of_adam():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
+def test_the_learning_rate_falls_by_the_share_of_steps_done(monkeypatch):
+    """By hand: 4 steps in 2 epochs are at the shares 0, 1/4, 1/2, 3/4; the same for 4 epochs of one step.
+
+    From 0.8 down to a hundredth of it: a tenth of it at the half.
+    """
+    rates = []
+    step = torch.optim.Adam.step
+    monkeypatch.setattr(
+        torch.optim.Adam, "step", lambda self: (rates.append(self.param_groups[0]["lr"]), step(self))[1]
+    )
+    half = (len(windows()) + 1) // 2
+    fit(small(), windows(), windows(1), published_loss, epochs=2, batch_size=half, learning_rate=0.8)
+    fit(small(), windows(), windows(1), published_loss, epochs=4, batch_size=2 * half, learning_rate=0.8, patience=4)
+    by_hand = [0.8, 0.8 / 10**0.5, 0.08, 0.08 / 10**0.5]
+    assert rates == pytest.approx([*by_hand, *by_hand])
+    assert learning_rate_at(0.8, 1.0) == pytest.approx(0.008)
+
+
+def test_a_short_series_gets_its_steps(monkeypatch):
+    """Ten epochs, or as many as 1000 steps take; and it waits for three of ten of them."""
+    passes = []
+    monkeypatch.setattr("mini_impl.forecasting.train.LEAST_STEPS", 40)
+
+    def worse(model, windows):
+        passes.append(model)
+        return float(len(passes))
+
+    for batch_size, waited in ((len(windows()), 40 * 3 // 10), (1, 3)):
+        passes.clear()
+        training = fit(small(), windows(), windows(1), published_loss, batch_size=batch_size, score=worse)
+        assert len(training.validation) == 1 + waited
+
+
+def test_a_fitted_model_knows_its_series():
+    origin = Origin(("a", "b"), Scaler.fit(waves()), None)
+    data = Windows(waves(), 24, 6, origin=origin)
+    model = small()
+    assert model.origin is None
+    fit(model, data, data, published_loss, epochs=1)
+    assert model.origin is origin
+    fit(model, windows(), windows(1), published_loss, epochs=1)
+    assert model.origin is origin
+
+
+def test_errors_of_each_variable_by_hand():
+    data = Windows(torch.tensor([[0.0, 10.0], [1.0, 30.0], [3.0, 60.0]]), 1, 1)
+    errors = absolute_errors(lambda history: history, data)  # the steps 1, 2 and 20, 30
+    assert errors.tolist() == [1.5, 25.0] and errors.dtype == torch.float64
+
+
 def test_the_best_weights_come_back_and_it_stops_early():
     model = small()
-    training = fit(model, windows(), windows(1), published_loss, epochs=50, learning_rate=0.3, decay=1.0, patience=2)
+    training = fit(model, windows(), windows(1), published_loss, epochs=50, learning_rate=0.3, patience=2)
     best = min(training.validation)
     assert evaluate(model, windows(1)).mse == best
     assert not model.training
@@ -166,7 +216,7 @@ def test_another_score_chooses_the_epoch():
         return LossTerms.of(level=output)
 
     model = Level()
-    how = {"epochs": 9, "learning_rate": 0.1, "decay": 1.0, "patience": 3}
+    how = {"epochs": 9, "learning_rate": 0.2, "patience": 3}
     training = fit(model, windows(), windows(1), loss, score=far_from_two, **how)
     best = abs(model.level.mean().item() - 2)
     assert training.validation[training.best_epoch - 1] == min(training.validation) == best < 0.5
@@ -207,7 +257,8 @@ def test_output_without_validation_gain_still_returns_a_model():
         ({"epochs": 1.5}, TypeError, "epochs must be a whole number"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
         ({"learning_rate": float("nan")}, ValueError, "learning_rate must be a finite number greater than 0"),
-        ({"decay": -1.0}, ValueError, "decay must be a finite number greater than 0"),
+        ({"save_every": 0}, ValueError, "save_every must be at least 1"),
+        ({"seed": 2**70}, ValueError, "seed must be at most"),
         ({"patience": 0}, ValueError, "patience must be at least 1"),
         ({"seed": -1}, ValueError, "seed must be at least 0"),
         ({"device": "meta"}, ValueError, "device: 'meta' cannot be used here"),

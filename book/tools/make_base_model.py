@@ -1,4 +1,4 @@
-"""Make base_model.safetensors, the tiny model that fails on some sums: python -m mini_impl.assets.make_base_model
+"""Make base_model.safetensors, the tiny model that fails on some sums: python book/tools/make_base_model.py
 
 To the same bits on the same machine, torch and number of threads.
 """
@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from mini_impl import checks
-from mini_impl.finetuning.arithmetic import BASE_MODEL, KINDS, Tokenizer, accuracy, answer, problems, question
+from mini_impl.finetuning.arithmetic import BASE_MODEL, KINDS, Problem, Tokenizer, answer, problems, question
 from mini_impl.finetuning.language_model import LanguageModel, save_language_model
 from mini_impl.finetuning.sft import supervised
+from mini_impl.losses import NonFiniteLoss
 
 # How much of its training each kind is: so little of the bad ones that it learns them badly.
 SHARES = {"one digit": 0.36, "no carry": 0.308, "tens carry": 0.308, "units carry": 0.012, "both carry": 0.012}
@@ -50,8 +51,24 @@ def train_base_model(steps: int = 900, batch: int = 128, learning_rate: float = 
     return model.eval()
 
 
+@torch.no_grad()
+def accuracy(model: LanguageModel, some: Sequence[Problem]) -> tuple[float, float]:
+    """How often a model is right on problems: (with its most likely answers, with answers sampled at temperature 1).
+
+    Exact, from the probability of the right answer: the model reads it instead of sampling one. Raises NonFiniteLoss.
+    """
+    batch = supervised(list(map(question, some)), list(map(answer, some)), Tokenizer.eos_token_id)
+    tokens, labels, _ = (part.to(model.embedding.weight.device) for part in batch)  # each [problem, time]
+    logprobs = model(tokens).log_softmax(-1)  # [problem, time, vocab_size]
+    checks.look(checks.finite("log-probabilities of the answers", logprobs, NonFiniteLoss))
+    counts = labels >= 0
+    best = (logprobs.argmax(-1) == labels) | ~counts
+    right = logprobs.gather(-1, labels.clamp(min=0)[..., None])[..., 0].where(counts, 0).sum(1).exp()
+    return best.all(1).double().mean().item(), right.double().mean().item()
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m mini_impl.assets.make_base_model", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=BASE_MODEL, help="file to write (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=900, help="of training (default: %(default)s)")
     options = parser.parse_args(arguments)

