@@ -61,9 +61,15 @@ def write_bytes(path: Path | str, content: bytes) -> None:
 
 @contextmanager
 def _part(path: Path) -> Iterator[Path]:
-    """A new empty file beside `path`, of a name that nobody else has, with its mode; removed at the end."""
+    """A new empty file beside `path`, of a name that nobody else has, with its mode; removed at the end.
+
+    So are those that a process left which is no longer there: it was killed while it wrote.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        if os.name == "posix" and (owner := left.name.split(".")[-3]).isdecimal() and not _runs(int(owner)):
+            left.unlink(missing_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(8)}.part")
     part.touch(exist_ok=False)
     try:
         if path.exists():
@@ -71,6 +77,14 @@ def _part(path: Path) -> Iterator[Path]:
         yield part
     finally:
         part.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # asks whether it is there, and does nothing to it
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return True
 
 
 def check_writable(name: str, path: Path | str) -> None:
@@ -175,8 +189,6 @@ class Run:
             self.lock.acquire(timeout=0)
         except Timeout:
             raise BlockingIOError(f"{self.path} is in use: another training writes it now") from None
-        for part in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.part"):  # left by one that was killed
-            part.unlink(missing_ok=True)
         if threading.current_thread() is threading.main_thread():  # Python takes signals there alone
             for number in (signal.SIGINT, signal.SIGTERM):
                 if (handler := signal.getsignal(number)) is not signal.SIG_IGN:

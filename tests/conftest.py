@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from mini_impl import language
+
 # No time limit an example, since tests share their cores; the same examples in every run, so that green stays green.
 settings.register_profile("book", deadline=None, derandomize=True)
 settings.load_profile("book")
@@ -23,6 +25,13 @@ def device(request):
         part.allow_tf32 = allowed
 
 
-def pytest_runtest_teardown():
-    """Undo what a program that torch 2.5 compiled does to its process: make 0 of the smallest numbers."""
-    torch.set_flush_denormal(False)
+@pytest.fixture(autouse=True)
+def as_before():
+    """No test leaves to the next what it set for the whole process: so they pass in any order."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(torch.float32)
+    torch._dynamo.reset()  # what was compiled, and how often it had to be compiled again
+    torch.set_flush_denormal(False)  # what torch 2.5 compiles makes 0 of the smallest numbers
+    language.use_language("en")

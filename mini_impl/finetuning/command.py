@@ -63,10 +63,8 @@ def run(options: argparse.Namespace) -> dict:
         add_lora(model, rank=options.lora_rank)
     how = {name: getattr(options, name) for name in (*HOW, "device", "checkpoint", "save_every")}
     training = fine_tune(model, make_method(task, **settings), **how)
-    counts = {
-        "all": sum(parameter.numel() for parameter in model.parameters()),
-        "trained": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-    }
+    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    counts = {"all": sum(parameter.numel() for parameter in model.parameters()), "trained": sum(trained)}
     if options.adapter is not None:
         save_adapter(model, options.adapter)
     merged = {"merged": accuracy(merge_and_unload(model), task, options.questions)} if options.lora_rank else {}

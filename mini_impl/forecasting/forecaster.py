@@ -97,12 +97,9 @@ def forecast(model: Forecaster, series: Series) -> Series:
         scores = model(scaler.apply(last.cpu()).to(weight)[None]).prediction[0].cpu()  # [horizon, endogenous]
     checks.look(checks.finite("the forecast", scores, NonFiniteLoss))
     endogenous = getattr(model, "endogenous", range(len(names)))
-    return Series(
-        values=scaler.invert(scores, list(endogenous)).float(),
-        names=tuple(names[place] for place in endogenous),
-        times=None if series.times is None else times_after(series.times, len(scores)),
-        time_name=series.time_name,
-    )
+    values = scaler.invert(scores, list(endogenous)).float()
+    times = None if series.times is None else times_after(series.times, len(scores))
+    return Series(values, tuple(names[place] for place in endogenous), times, series.time_name)
 
 
 def unit_errors(forecast: Callable, windows: Windows) -> dict[str, float]:

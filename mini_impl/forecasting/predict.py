@@ -5,8 +5,6 @@ import argparse
 from mini_impl.forecasting.data import load_csv, save_csv
 from mini_impl.forecasting.forecaster import forecast, load
 
-SHOWN = 7  # variables in the table
-
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Give a parser the options of `predict`."""
@@ -31,5 +29,5 @@ def report(result: dict) -> None:
     """Print the first variables, from the first step of the horizon to the last."""
     rows, times = f"after {result['rows']} rows", result["times"]
     print(f"{rows:<24}{times[0]:>22}{times[-1]:>22}")
-    for name, line in list(result["forecast"].items())[:SHOWN]:
+    for name, line in list(result["forecast"].items())[:10]:  # of all: --out
         print(f"{name[:23]:<24}{line[0]:22.6g}{line[-1]:22.6g}")
