@@ -112,7 +112,8 @@ def save_checkpoint(path: Path | str, tensors: dict[str, Tensor], state: dict) -
     checks.instance("tensors", tensors, dict, "a dict of tensors by name")
     # Copies: safetensors takes no two tensors that share memory, as tied weights do.
     whole = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-    content = bytearray(save(whole, metadata={KEY: json.dumps({"sha256": BLANK, **state}, allow_nan=False)}))
+    text = json.dumps({"sha256": BLANK, **state}, allow_nan=False, default=np.generic.item)  # numbers of numpy
+    content = bytearray(save(whole, metadata={KEY: text}))
     place = content.index(CHECKSUM) + len(CHECKSUM)
     content[place : place + 64] = _checksum(content, place).encode()
     write_bytes(path, content)
@@ -171,11 +172,8 @@ class Run:
         self, path: Path | str | None, optimizer: torch.optim.Optimizer, settings: dict, save_every: int | None = None
     ):
         checks.integers(save_every=1 if save_every is None else save_every)
-        self.path, self.optimizer, self.save_every = (
-            None if path is None else Path(path).resolve(),
-            optimizer,
-            save_every,
-        )
+        self.path = None if path is None else Path(path).resolve()
+        self.optimizer, self.save_every = optimizer, save_every
         self.settings = {} if path is None else json.loads(json.dumps(settings, default=describe))
         self.signal: int | None = None  # that asks the training to end
         self.handlers: dict = {}
@@ -191,7 +189,7 @@ class Run:
             raise BlockingIOError(f"{self.path} is in use: another training writes it now") from None
         if threading.current_thread() is threading.main_thread():  # Python takes signals there alone
             for number in (signal.SIGINT, signal.SIGTERM):
-                if (handler := signal.getsignal(number)) is not signal.SIG_IGN:
+                if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None):
                     self.handlers[number] = handler
                     signal.signal(number, self._stop)
         return self
@@ -255,10 +253,8 @@ class Run:
             return
         if due or self.signal is not None or (self.save_every is not None and number % self.save_every == 0):
             self.save(*snapshot())
-        if self.signal == signal.SIGINT:
-            raise KeyboardInterrupt
         if self.signal is not None:
-            raise SystemExit(128 + self.signal)
+            raise KeyboardInterrupt if self.signal == signal.SIGINT else SystemExit(128 + self.signal)
 
     def save(self, groups: dict[str, dict[str, Tensor]], state: dict) -> None:
         """Replace the file by one with these tensors, {group: {name: tensor}}, and a state that JSON holds.

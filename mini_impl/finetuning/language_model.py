@@ -176,8 +176,9 @@ class LanguageModel(nn.Module):
         epsilon: float = 1e-5,
     ):
         super().__init__()
-        checks.integers(vocab_size=vocab_size, layers=layers, feed_forward_width=feed_forward_width)
-        checks.divides("key_value_heads", key_value_heads, "heads", heads)
+        vocab_size, layers, width = checks.integers(vocab_size=vocab_size, layers=layers, width=width)
+        heads, feed_forward_width = checks.integers(heads=heads, feed_forward_width=feed_forward_width)
+        key_value_heads = checks.divides("key_value_heads", key_value_heads, "heads", heads)
         checks.divides("2 * heads", 2 * heads, "width", width)  # twice, since positions turn pairs of features
         checks.number("rope_base", rope_base, above=1)
         checks.positive(epsilon=epsilon)

@@ -80,6 +80,7 @@ def run(options: argparse.Namespace) -> dict:
         own = options.checkpoint and f"{options.checkpoint}.pretrain"
         first = {**how, "epochs": options.pretrain, "checkpoint": own, "score": masked_score}
         fit(masked, train, validation, masked_loss, **first)
+        torch.manual_seed(options.seed)  # the same head, however much of the pre-training was done before
         model = PatchTST.from_masked(masked, options.horizon, **more)
     training = fit(model, train, validation, functools.partial(loss, **weights), **how)
     if options.save is not None:

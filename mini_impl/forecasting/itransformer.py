@@ -50,8 +50,7 @@ class ITransformer(Forecaster):
         return_attention: bool = False,
     ):
         super().__init__()
-        history, horizon = checks.integers(history=history, horizon=horizon)
-        width, layers = checks.integers(width=width, layers=layers)
+        history, horizon, width, layers = checks.integers(history=history, horizon=horizon, width=width, layers=layers)
         checks.flags(return_attention=return_attention)
         checks.choice("embedding", embedding, ("mlp", "linear"))
         self.history, self.horizon, self.return_attention = history, horizon, return_attention

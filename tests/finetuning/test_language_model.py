@@ -487,3 +487,16 @@ ALL = torch.ones(2, 5, dtype=torch.bool)
 def test_bad_input_is_named(call, error, says):
     with pytest.raises(error, match=says):
         call()
+
+
+def test_whole_numbers_of_any_kind_mean_the_same_and_are_kept(tmp_path):
+    """Twice 200 layers are 144 in eight bits, and would start from other weights."""
+    sizes = {"vocab_size": 20, "width": 16, "layers": 130, "heads": 4, "key_value_heads": 2, "feed_forward_width": 8}
+    models = []
+    for kind in (int, np.uint8, np.int64):
+        torch.manual_seed(0)
+        models.append(LanguageModel(**{name: kind(size) for name, size in sizes.items()}))
+    save_language_model(models[1], tmp_path / "model")
+    for other in (*models[1:], load_language_model(tmp_path / "model")):
+        assert other.settings == models[0].settings
+        assert all(torch.equal(value, other.state_dict()[name]) for name, value in models[0].state_dict().items())

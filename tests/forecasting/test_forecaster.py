@@ -153,6 +153,14 @@ def test_what_is_no_kept_model_is_named(tmp_path):
         load(tmp_path / "none")
 
 
+def test_sizes_of_numpy_are_kept_too(tmp_path):
+    train, validation, *_ = prepare(series(), (120, 40, 40), 24, 6)
+    model = DLinear(np.uint8(24), np.int64(6), kernel_size=np.int16(5))
+    fit(model, train, validation, squared, epochs=1, progress=False)
+    model.save(tmp_path / "model")
+    assert load(tmp_path / "model").settings == {"history": 24, "horizon": 6, "kernel_size": 5, "weights": None}
+
+
 def test_a_small_file_of_a_huge_model_takes_no_memory(tmp_path):
     trained().save(tmp_path / "model")
     tensors, state = load_checkpoint(tmp_path / "model")
