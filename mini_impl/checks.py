@@ -247,7 +247,7 @@ def flags(**values) -> None:
 
 def choice(name: str, value, choices) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
-    if value not in choices:
+    if isinstance(value, Tensor) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
