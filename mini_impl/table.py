@@ -30,7 +30,7 @@ class Table(NamedTuple):
     names: tuple[str, ...]  # of the columns of numbers
     rows: list[list[float]]
     time_name: str | None  # of the first column, if it holds the time
-    times: np.ndarray | None  # [row], datetime64[s] or float64, equally far apart
+    times: np.ndarray | None  # [row], datetime64 of seconds, or of microseconds, or float64; equally far apart
 
 
 def read_table(path: Path | str) -> Table:
@@ -109,8 +109,7 @@ def _times(path: Path, lines: list[int], cells: list[str]) -> np.ndarray:
     readings = [_read_times(cells, read) for read in (_iso, *FORMATS, float)]
     if (read := max(map(len, readings))) < len(cells):
         raise ValueError(f"{path}, line {lines[read]}: wanted a time such as 2016-07-01 05:00; got {cells[read]!r}")
-    columns = [times for times in readings if len(times) == read]
-    columns = [np.array(times, "f8" if isinstance(times[0], float) else "M8[s]") for times in columns]
+    columns = [_column(times) for times in readings if len(times) == read]
     # 1/2/2016 can be read in two ways. The right one has no gaps, and its steps are rather days than months.
     regular = [times for times in columns if step_of(times) is not None]
     if regular:
@@ -136,6 +135,12 @@ def _read_times(cells: list[str], read: Callable | str) -> list:
         except ValueError:
             break
     return times
+
+
+def _column(times: list) -> np.ndarray:
+    """Times as float64 or datetime64[s]; as datetime64[us] where seconds are too coarse."""
+    exact = np.array(times, "f8" if isinstance(times[0], float) else "M8[us]")
+    return exact if exact.dtype.kind == "f" or (exact != exact.astype("M8[s]")).any() else exact.astype("M8[s]")
 
 
 def _iso(cell: str) -> datetime:

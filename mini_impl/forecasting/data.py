@@ -38,7 +38,7 @@ class Series(NamedTuple):
 
     values: Tensor  # float32 [time, variable]
     names: tuple[str, ...]  # one for each variable
-    times: np.ndarray | None = None  # [time], datetime64[s] or numbers; None: unknown
+    times: np.ndarray | None = None  # [time], datetime64 or numbers; None: unknown
     time_name: str = "time"  # of the column that holds them
 
     @property
@@ -86,7 +86,7 @@ def save_csv(series: Series, path: str | Path) -> None:
     times = np.arange(1, 1 + len(series.values)) if series.times is None else series.times
     if times.dtype.kind == "M":
         whole = (times == times.astype("M8[D]")).all()
-        times = [str(time).replace("T", " ") for time in times.astype("M8[D]" if whole else "M8[s]")]
+        times = [str(time).replace("T", " ") for time in (times.astype("M8[D]") if whole else times)]
     else:
         times = [f"{time:.17g}" for time in times]
     file = io.StringIO()
