@@ -1,4 +1,4 @@
-"""Figures, and sliders that need no kernel; their words in the language of the page.
+"""Figures, diagrams, tables, and sliders that need no kernel; their words in the language of the page.
 
 figure, axes = plots.figure(height=3)
 plots.curves(axes, {words(en="trend", zh="趋势"): trend, words(en="series", zh="序列"): series})
@@ -8,11 +8,14 @@ plots.show(figure)
 
 import ast
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from html import escape
 from importlib.metadata import PackageNotFoundError, distribution
 from inspect import getsource
 from textwrap import dedent
+from unicodedata import east_asian_width
 
 import numpy as np
 from matplotlib import cycler, font_manager, rcParams
@@ -38,7 +41,10 @@ STYLE = {
     "lines.linewidth": 2,
     "legend.frameon": False,
     "legend.fontsize": 12,
+    "savefig.facecolor": "white",  # in the dark too, where the book's pages turn the whole picture over
+    "svg.hashsalt": "mini_impl",  # else the names of its parts are drawn by lot
 }
+LARGEST_SVG = 150_000  # bytes; a figure of many points is smaller as a PNG
 CHINESE_FONTS = (
     "Noto Sans SC",  # the package zhplot has it
     "Noto Sans CJK SC",
@@ -110,7 +116,163 @@ def _array(values) -> np.ndarray:
     return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values, dtype=float)
 
 
-def png(figure: Figure, dpi: int = 100) -> bytes:
+def diagram(
+    boxes: Mapping[str, tuple[float, float, str]],
+    arrows: Sequence[tuple[str, str, str]],
+    width: float = 5,
+    height: float = 4,
+) -> Figure:
+    """A diagram of a model: boxes with words, and arrows between them with the shapes of what flows.
+
+    boxes: {name: (column, row, words)}; rows count downwards. arrows: (from, to, words), each name one of boxes; an
+    arrow's words stand on its middle. Raises TypeError, ValueError.
+    """
+    checks.instance("boxes", boxes, Mapping, "a dict of (column, row, words) by names")
+    drawn, axes = figure(width, height)
+    axes.axis("off")
+    axes.invert_yaxis()
+    columns, rows = ([place[axis] for place in boxes.values()] for axis in (0, 1))
+    axes.set(xlim=(min(columns) - 0.5, max(columns) + 0.5), ylim=(max(rows) + 0.35, min(rows) - 0.35))
+    look = {"boxstyle": "round,pad=0.45", "facecolor": "#EAF2F8", "edgecolor": COLORS[0], "linewidth": 1.5}
+    shown = {
+        name: axes.text(column, row, text, ha="center", va="center", bbox=look, linespacing=1.3)
+        for name, (column, row, text) in boxes.items()
+    }
+    for start, end, text in arrows:
+        for name in (start, end):
+            checks.choice("the end of an arrow", name, tuple(boxes))
+        (x0, y0, _), (x1, y1, _) = boxes[start], boxes[end]
+        ends = {"patchA": shown[start].get_bbox_patch(), "patchB": shown[end].get_bbox_patch()}
+        axes.annotate("", (x1, y1), (x0, y0), arrowprops={"arrowstyle": "-|>", "color": "#333333", "lw": 1.5, **ends})
+        look = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+        axes.text((x0 + x1) / 2, (y0 + y1) / 2, text, fontsize=11, ha="center", va="center", bbox=look)
+    return drawn
+
+
+class Table:
+    """What `table` returns: a notebook shows it as a table, and prints it as text with the same cells and marks."""
+
+    def __init__(self, columns: list[str], rows: list[list[str]], right: list[bool], marked: set, caption: str | None):
+        self.columns, self.rows, self.right, self.marked, self.caption = columns, rows, right, marked, caption
+
+    def _repr_html_(self) -> str:
+        def line(tag: str, cells: list[str]) -> str:
+            sides = ["right" if right else "left" for right in self.right]
+            inside = "".join(
+                f'<{tag} style="text-align: {side}">{text}</{tag}>' for side, text in zip(sides, cells, strict=True)
+            )
+            return f"<tr>{inside}</tr>"
+
+        head = line("th", [escape(name) for name in self.columns])
+        body = []
+        for i, row in enumerate(self.rows):
+            cells = [
+                f"<strong>{escape(text)}</strong>" if (i, j) in self.marked else escape(text)
+                for j, text in enumerate(row)
+            ]
+            body.append(line("td", cells))
+        caption = f"<caption>{escape(self.caption)}</caption>" if self.caption else ""
+        rows = "\n".join(body)
+        return f'<table class="dataframe">{caption}\n<thead>{head}</thead>\n<tbody>\n{rows}\n</tbody></table>'
+
+    def __repr__(self) -> str:
+        # What is bold in the table has a star here.
+        lines = [
+            self.columns,
+            *([t + "*" * ((i, j) in self.marked) for j, t in enumerate(r)] for i, r in enumerate(self.rows)),
+        ]
+        widths = [max(map(_columns_of, cells)) for cells in zip(*lines, strict=True)]
+        text = []
+        for line in lines:
+            padded = [
+                " " * (width - _columns_of(cell)) + cell if right else cell + " " * (width - _columns_of(cell))
+                for cell, width, right in zip(line, widths, self.right, strict=True)
+            ]
+            text.append("  ".join(padded).rstrip())
+        return "\n".join([self.caption, *text] if self.caption else text)
+
+
+def table(
+    rows: Sequence[Sequence[str | float | None]],
+    columns: Sequence[str],
+    caption: str | None = None,
+    best: Mapping[int, str] | None = None,
+) -> Table:
+    """A table for a notebook's last line: real HTML, and plain text with the same cells where there is no HTML.
+
+    rows: of cells; a text stands as it is, a whole number too, any other number with three decimals, None as "—".
+    columns: the headings, with their units. best: {index of a column: "least" or "most"}; its best numbers are marked,
+    bold in the table, with a star in the text. A cell counts as the number that it begins with.
+    Raises TypeError, ValueError.
+    """
+    best = {} if best is None else best
+    checks.instance("best", best, Mapping, 'a dict of "least" or "most" by the index of a column')
+    columns = [str(name) for name in columns]
+    for row in rows:
+        if len(row) != len(columns):
+            raise ValueError(f"every row of a table needs {len(columns)} cells, as many as columns; got {list(row)}")
+    for column, which in best.items():
+        checks.choice(f"best[{column}]", which, ("least", "most"))
+    shown = [[_cell(cell) for cell in row] for row in rows]
+    numbers = [[_leading_number(text) for text in row] for row in shown]
+    right = [
+        any(row[j] is not None for row in numbers)
+        and all(
+            n is not None or text == "—" for n, text in zip((r[j] for r in numbers), (s[j] for s in shown), strict=True)
+        )
+        for j in range(len(columns))
+    ]
+    marked = set()
+    for column, which in best.items():
+        here = [row[column] for row in numbers if row[column] is not None]
+        if len(here) > 1:
+            target = min(here) if which == "least" else max(here)
+            marked |= {(i, column) for i, row in enumerate(numbers) if row[column] == target}
+    return Table(columns, shown, right, marked, caption)
+
+
+def _cell(cell: str | float | None) -> str:
+    if cell is None:
+        return "—"
+    if isinstance(cell, str):
+        return cell
+    number = cell.item() if hasattr(cell, "item") else cell
+    if isinstance(number, int):
+        return str(number)
+    if not np.isfinite(number):
+        raise ValueError(f"a number in a table must be finite, or None where there is none; got {number}")
+    return f"{number:.3f}".replace("-", "−")
+
+
+def _leading_number(text: str) -> float | None:
+    """The number with which a text begins: 0.195 of "0.195 (0.194–0.196)", 12 of "12 %"; None where there is none."""
+    found = re.match(r"[+−-]?\d[\d ]*(\.\d+)?(e[+−-]?\d+)?", text)
+    return float(found[0].replace("−", "-").replace(" ", "")) if found else None
+
+
+def _columns_of(text: str) -> int:
+    """How many columns of a terminal a text takes: a Chinese character takes two."""
+    return sum(2 if east_asian_width(character) in "WF" else 1 for character in text)
+
+
+def show_source(thing: Callable) -> None:
+    """Print the source of a function or class without its docstrings, for a page that explains it in its own words."""
+    lines = getsource(thing).splitlines()
+    for part in ast.walk(ast.parse(dedent("\n".join(lines)))):
+        if isinstance(part, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(part):
+            docstring = part.body[0]
+            lines[docstring.lineno - 1 : docstring.end_lineno] = [None] * (docstring.end_lineno - docstring.lineno + 1)
+    print("\n".join(line for line in lines if line is not None))
+
+
+def svg(figure: Figure) -> bytes:
+    """The figure as an SVG picture, its letters as outlines; drawn again, it has the same bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def png(figure: Figure, dpi: int = 200) -> bytes:
     """The figure as a small PNG picture of at most 128 colours; drawn again, it has the same bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
@@ -120,11 +282,22 @@ def png(figure: Figure, dpi: int = 100) -> bytes:
     return buffer.getvalue()
 
 
+def _picture(figure: Figure) -> tuple[bytes, str]:
+    """The figure and its format: SVG, sharp at any size, or PNG where an SVG would be too large for a page."""
+    drawn = svg(figure)
+    return (drawn, "svg+xml") if len(drawn) <= LARGEST_SVG else (png(figure), "png")
+
+
 def show(figure: Figure) -> None:
     """Show the figure below the notebook's cell. Raises ImportError without IPython."""
     from IPython import display as notebook
 
-    notebook.display(notebook.Image(data=png(figure), format="png"))
+    picture, kind = _picture(figure)
+    if kind == "png":
+        width = round(100 * figure.get_figwidth())  # CSS pixels: half of those that the picture has
+        notebook.display(notebook.Image(data=picture, format="png", width=width))
+    else:
+        notebook.display(notebook.SVG(data=picture.decode()))
 
 
 def slider(figures: Sequence[Figure], labels: Sequence[str], description: str, alt: Sequence[str]) -> None:
@@ -140,7 +313,8 @@ def slider(figures: Sequence[Figure], labels: Sequence[str], description: str, a
     import ipywidgets as widgets
     from IPython import display as notebook
 
-    pictures = [widgets.Image(value=png(figure), format="png") for figure in figures]
+    drawn = map(_picture, figures)
+    pictures = [widgets.Image(value=picture, format=kind) for picture, kind in drawn]
     for picture, text in zip(pictures, alt, strict=True):
         picture.layout.max_width = "100%"
         if picture.has_trait("tooltip"):  # since ipywidgets 8; on the book's pages it stands in for the picture
@@ -155,13 +329,3 @@ def slider(figures: Sequence[Figure], labels: Sequence[str], description: str, a
     chooser.layout.width = "min(100%, 32em)"
     widgets.jslink((chooser, "index"), (tab, "selected_index"))  # in the browser: the kernel is not asked
     notebook.display(widgets.VBox([chooser, tab]))
-
-
-def show_source(thing: Callable) -> None:
-    """Print the source of a function or class without its docstrings, for a page that explains it in its own words."""
-    lines = getsource(thing).splitlines()
-    for part in ast.walk(ast.parse(dedent("\n".join(lines)))):
-        if isinstance(part, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(part):
-            docstring = part.body[0]
-            lines[docstring.lineno - 1 : docstring.end_lineno] = [None] * (docstring.end_lineno - docstring.lineno + 1)
-    print("\n".join(line for line in lines if line is not None))

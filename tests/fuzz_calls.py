@@ -428,6 +428,14 @@ CALLS = {
     "language.use_language": lambda: (language.use_language, {"name": "en"}),
     "losses.orthogonality": lambda: (losses.orthogonality, {"matrix": draw(2, 3, 4), "norm": "fro"}),
     "losses.kl_from_uniform": lambda: (losses.kl_from_uniform, {"probabilities": draw(2, 4).softmax(-1)}),
+    "plots.diagram": lambda: (
+        plots.diagram,
+        {"boxes": {"a": (0, 0, "x"), "b": (0, 1, "y")}, "arrows": [("a", "b", "")]},
+    ),
+    "plots.table": lambda: (
+        plots.table,
+        {"rows": [["a", 1.0], ["b", None]], "columns": ["x", "y"], "best": {1: "least"}},
+    ),
     "plots.figure": lambda: (plots.figure, {"width": 3.0, "height": 2.0}),
     "plots.curves": lambda: (plots.curves, {"axes": plots.figure()[1], "values": {"a": [1.0, 2.0]}, "steps": [0, 1]}),
     "results.load": lambda: (results.load, {"name": "etth1"}),

@@ -11,6 +11,7 @@ import matplotlib.pyplot
 import numpy as np
 import pytest
 import torch
+from bs4 import BeautifulSoup
 from IPython import display as notebook
 from matplotlib import rcParams
 from PIL import Image
@@ -174,7 +175,7 @@ def test_what_cannot_be_drawn_is_named(call, error, words):
 
 def test_pictures_are_small_and_have_the_same_bytes_again():
     first, second = plots.png(drawn()), plots.png(drawn())
-    assert first == second and len(first) < 40_000
+    assert first == second and len(first) < 80_000
     chunks, at = [], 8
     while at < len(first):
         length, kind = struct.unpack(">I4s", first[at : at + 8])
@@ -182,13 +183,94 @@ def test_pictures_are_small_and_have_the_same_bytes_again():
         at += 12 + length
     assert set(chunks) == {b"IHDR", b"PLTE", b"IDAT", b"IEND"}  # no text, no time
     picture = Image.open(io.BytesIO(first))
-    assert picture.size == (640, 360) and picture.convert("RGB").getpixel((1, 1)) == (255, 255, 255)
+    assert picture.size == (1280, 720) and picture.convert("RGB").getpixel((1, 1)) == (255, 255, 255)
+
+
+def test_svg_pictures_have_outlines_for_letters_a_white_ground_and_the_same_bytes_again():
+    first, second = plots.svg(drawn("a title")), plots.svg(drawn("a title"))
+    assert first == second and len(first) < 40_000
+    assert b"<text" not in first and b"<dc:date>" not in first
+    assert b"fill: #ffffff" in first
 
 
 def test_show(shown):
-    figure = drawn()
-    assert plots.show(figure) is None
-    assert [thing.data for thing in shown] == [plots.png(figure)]
+    assert plots.show(drawn()) is None
+    paths = plots.svg(drawn()).decode().count("<path")
+    assert shown[0].data.startswith("<svg") and shown[0].data.count("<path") == paths > 20
+
+
+def test_a_figure_of_very_many_points_is_shown_as_a_png_of_twice_the_size(shown):
+    figure = drawn(noise=torch.rand(20_000))
+    assert len(plots.svg(figure)) > plots.LARGEST_SVG
+    plots.show(figure)
+    assert shown[0].data == plots.png(figure) and shown[0].width == 640
+    assert Image.open(io.BytesIO(shown[0].data)).size == (1280, 720)
+
+
+# --- the diagram ----------------------------------------------------------------------------------------------------
+
+
+def test_a_diagram_has_its_boxes_and_the_words_of_its_arrows():
+    boxes = {"x": (0, 0, "history"), "y": (0, 1, "forecast")}
+    figure = plots.diagram(boxes, [("x", "y", "[96, 7]")])
+    words = [text.get_text() for text in figure.axes[0].texts]
+    assert {"history", "forecast", "[96, 7]"} <= set(words)
+    places = {text.get_text(): text.get_position() for text in figure.axes[0].texts}
+    assert places["[96, 7]"] == (0, 0.5)
+    assert len(plots.svg(figure)) < 40_000
+    with pytest.raises(ValueError, match="the end of an arrow must be one of 'x', 'y'"):
+        plots.diagram(boxes, [("x", "z", "")])
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+def test_a_table_has_the_same_cells_in_html_and_in_text():
+    table = plots.table(
+        [["published", 0.386, "0.40 (0.39–0.41)", None], ["ours <b>", 0.3791, "0.39 (0.38–0.40)", 3]],
+        ["model", "MSE", "MAE (least–most)", "epochs"],
+        caption="ETTh1",
+        best={1: "least", 2: "least", 3: "most"},
+    )
+    page = BeautifulSoup(table._repr_html_(), "html.parser")
+    assert page.table["class"] == ["dataframe"] and page.caption.text == "ETTh1"
+    cells = [[cell.text for cell in row.find_all(["th", "td"])] for row in page.find_all("tr")]
+    assert cells[1] == ["published", "0.386", "0.40 (0.39–0.41)", "—"]
+    assert cells[2] == ["ours <b>", "0.379", "0.39 (0.38–0.40)", "3"]
+    assert [mark.text for mark in page.find_all("strong")] == [
+        "0.379",
+        "0.39 (0.38–0.40)",
+    ]  # one number is not the best
+    lines = repr(table).splitlines()
+    assert lines[0] == "ETTh1" and lines[3].split() == ["ours", "<b>", "0.379*", "0.39", "(0.38–0.40)*", "3"]
+    sides = [cell["style"] for cell in page.find_all("th")]
+    assert sides == ["text-align: left", *["text-align: right"] * 3]
+
+
+def test_a_table_of_chinese_words_stands_in_columns():
+    lines = repr(plots.table([["预测", 1.0], ["x", 22.5]], ["名称", "MSE"])).splitlines()
+    widths = {sum(1 + (ord(c) > 0x2E80) for c in line) for line in lines}
+    assert len(widths) == 1
+
+
+def test_what_is_best_counts_signs_and_exponents():
+    table = plots.table([["−0.5 %"], ["+1.2 %"], ["7.9e-9"], [None]], ["gain"], best={0: "least"})
+    assert "−0.5 %*" in repr(table) and repr(table).count("*") == 1
+    table = plots.table([[2], [2], [3]], ["n"], best={0: "least"})
+    assert repr(table).count("2*") == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: plots.table([[1, 2]], ["a"]), "every row of a table needs 1 cells, as many as columns"),
+        (lambda: plots.table([[1.0]], ["a"], best={0: "lowest"}), r"best\[0\] must be one of 'least', 'most'"),
+        (lambda: plots.table([[float("nan")]], ["a"]), "must be finite, or None where there is none; got nan"),
+    ],
+)
+def test_what_is_no_table_is_named(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
 
 
 # --- the slider -----------------------------------------------------------------------------------------------------
@@ -210,8 +292,8 @@ def test_the_slider_chooses_a_picture_without_a_kernel(shown, monkeypatch):
     assert [tab.get_title(i) for i in range(8)] == labels
     if tab.children[0].has_trait("tooltip"):  # since ipywidgets 8
         assert [picture.tooltip for picture in tab.children] == texts
-    assert tab.children[3].value == plots.png(figures[3])
-    assert sum(len(picture.value) for picture in tab.children) < 250_000
+    assert [picture.format for picture in tab.children] == ["svg+xml"] * 8
+    assert tab.children[3].value == plots.svg(figures[3])
     assert links == [((chooser, "index"), (tab, "selected_index"))]
 
 

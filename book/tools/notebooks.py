@@ -1,19 +1,28 @@
 """One bilingual source, book/src/NAME.md, becomes two executed notebooks: book/en/NAME.ipynb and book/zh/NAME.ipynb.
 
 A source is MyST Markdown. Its prose cells are marked +++ {"lang": "en"} and +++ {"lang": "zh"}, each English one
-directly followed by its Chinese neighbour; its code cells are shared. A code cell that shows pictures describes them,
-alt: {en: ..., zh: ...}.
+directly followed by its Chinese neighbour; its code cells are shared. What a source may say beside that:
+
+- An English prose cell names its headings, ids: [words, ...], for links that are the same in both languages.
+- A comment in code stands in both languages, # English | 中文; each notebook keeps one.
+- A code cell that shows pictures describes them, alt: {en: ..., zh: ...}.
+- A cell tagged `blank` holds a line `answer = None` and, as `wrong`, one answer that is wrong. The check follows.
+- A cell tagged `solution` gives the right answer, with `explain: {en: ..., zh: ...}`. On the page it is folded
+  Markdown, with its output; it runs in another notebook, book/solutions/LANGUAGE/NAME.ipynb.
 
 A page is executed again only if one of its code cells changed. When mini_impl changed, and not the page, say --all.
 """
 
 import argparse
+import copy
 import hashlib
+import io
 import json
 import os
 import re
 import sys
 import time
+import tokenize
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,7 +32,7 @@ import yaml
 from nbclient import NotebookClient
 from nbclient.exceptions import CellControlSignal, CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
-from nbformat.v4 import new_code_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 ROOT = Path(__file__).parents[2]
 LANGUAGES = ("en", "zh")
@@ -47,6 +56,15 @@ BY_HAND = {
     "zh": '本页需要程序包 mini_impl：请在本书副本的根目录下运行  pip install ".[zh]"',
 }
 
+SOLUTION = {"en": "Solution", "zh": "解答"}
+OUTPUT = {"en": "It prints:", "zh": "输出："}
+SOLUTIONS_OF = {
+    "en": "# Solutions\n\nThe code of the page `{name}`, without its pictures; then its exercises with solutions. "
+    "After each solution its check is run twice: with the right answer, and with a wrong one.",
+    "zh": "# 解答\n\n先是 `{name}` 一页的代码（不含图），然后是练习与解答。"
+    "每个解答之后，检验运行两次：一次用正确的答案，一次用错误的答案。",
+}
+
 
 class PageError(Exception):
     """A page cannot be made; the message names the page, the place in it, and what is wrong."""
@@ -61,6 +79,10 @@ def source_path(name: str) -> Path:
 
 def notebook_path(name: str, language: str) -> Path:
     return ROOT / "book" / language / f"{name}.ipynb"
+
+
+def solutions_path(name: str, language: str) -> Path:
+    return ROOT / "book" / "solutions" / language / f"{name}.ipynb"
 
 
 def repository_url() -> str:
@@ -101,34 +123,167 @@ def source_error(name: str, cell: NotebookNode, what: str) -> PageError:
     return PageError(f"book/src/{name}.md, the cell that begins {cell.source[:60]!r}: {what}")
 
 
-def describe_pictures(cell: NotebookNode, name: str, language: str) -> None:
-    """Turn a code cell's `alt`, given in both languages, into the key by which MyST-NB describes its pictures."""
-    alt = cell.metadata.pop("alt", None)
-    if alt is None:
-        return
-    if (
-        not isinstance(alt, dict)
-        or sorted(alt) != list(LANGUAGES)
-        or not all(isinstance(text, str) for text in alt.values())
-    ):
-        raise source_error(name, cell, f"`alt` must be a text for en and one for zh; got {alt!r}")
-    cell.metadata["mystnb"] = {"image": {"alt": alt[language]}}
+def in_language(cell: NotebookNode, key: str, name: str, language: str) -> str | None:
+    """Take what a cell says in both languages, key: {en: ..., zh: ...}, out of its metadata. Returns one of the two."""
+    texts = cell.metadata.pop(key, None)
+    if texts is None:
+        return None
+    whole = isinstance(texts, dict) and sorted(texts) == list(LANGUAGES)
+    if not whole or not all(isinstance(text, str) for text in texts.values()):
+        raise source_error(name, cell, f"`{key}` must be a text for en and one for zh; got {texts!r}")
+    return texts[language]
 
 
-def make_notebook(name: str, language: str, url: str) -> NotebookNode:
-    """The notebook of one language, with no outputs."""
-    cells = [cell for cell in read_source(name) if cell.metadata.pop("lang", language) == language]
+def comments(code: str) -> list[tokenize.TokenInfo]:
+    return [t for t in tokenize.generate_tokens(io.StringIO(code).readline) if t.type == tokenize.COMMENT]
+
+
+def keep_comments(cell: NotebookNode, name: str, language: str) -> str:
+    """A code cell's source with one half of each comment `# English | 中文`."""
+    lines = cell.source.split("\n")
+    for comment in comments(cell.source):
+        if re.search(r"[\u3400-\u9fff]", comment.string):
+            halves = comment.string.lstrip("# ").split(" | ")
+            if len(halves) != 2:
+                raise source_error(name, cell, f"a comment in two languages is # English | 中文; got {comment.string}")
+            row, column = comment.start
+            lines[row - 1] = lines[row - 1][:column] + "# " + halves[LANGUAGES.index(language)]
+    return "\n".join(lines)
+
+
+def headings(text: str) -> list[str]:
+    """The headings of a Markdown text, code in fences aside."""
+    return re.findall(r"^#{1,6} .+$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+
+
+def heading_ids(name: str, cells: list[NotebookNode]) -> list[str]:
+    """The ids of a page's headings, in their order. Raises PageError unless every heading has one of its own."""
+    ids = []
+    if not any("ids" in cell.metadata for cell in cells):
+        return ids
+    for cell, neighbour in zip(cells, [*cells[1:], None], strict=True):
+        if cell.metadata.get("lang") == "en":
+            own = cell.metadata.pop("ids", [])
+            counts = {len(own), len(headings(cell.source)), len(headings(neighbour.source))}
+            if len(counts) != 1 or not all(re.fullmatch(r"[a-z][a-z0-9-]*", str(word)) for word in own):
+                raise source_error(name, cell, f"`ids` needs one short ASCII word for each heading; got {own}")
+            ids += own
+        elif "ids" in cell.metadata:
+            raise source_error(name, cell, "`ids` stands on the English cell; both languages have the same")
+    if len(set(ids)) < len(ids):
+        raise PageError(f"book/src/{name}.md: two headings have the same id: {ids}")
+    return ids
+
+
+def tagged(cell: NotebookNode, tag: str) -> bool:
+    return tag in cell.metadata.get("tags", [])
+
+
+def make_notebooks(name: str, language: str, url: str) -> tuple[NotebookNode, NotebookNode | None]:
+    """The notebook of one language, with no outputs, and that of its solutions, if it has any.
+
+    In the first, a solution is still a code cell: what it prints is known when the second has run.
+    """
+    source = read_source(name)
+    ids = heading_ids(name, source)
+    cells = [cell for cell in source if cell.metadata.pop("lang", language) == language]
     seen = {}
     for cell in cells:
         # Jupytext gives random ids. These stay as long as a cell's text does; equal cells are told apart by counting.
         seen[cell.source] = seen.get(cell.source, 0) + 1
         cell["id"] = hashlib.sha256(f"{seen[cell.source]} {cell.source}".encode()).hexdigest()[:12]
         if cell.cell_type == "code":
-            describe_pictures(cell, name, language)
+            if alt := in_language(cell, "alt", name, language):
+                cell.metadata["mystnb"] = {"image": {"alt": alt}}  # the key by which MyST-NB describes pictures
+            cell.metadata |= {"explain": text} if (text := in_language(cell, "explain", name, language)) else {}
+            cell.source = keep_comments(cell, name, language)
+    check_exercises(name, cells)
     if code := code_cells(cells):
         cells.insert(cells.index(code[0]), setup_cell(language, url))
+    page, solutions = with_cells(cells, ids), None
+    if any(tagged(cell, "solution") for cell in cells):
+        solutions = with_cells(solved(cells, name, language), None)
+    for cell in cells:
+        cell.metadata.pop("wrong", None)
+    return page, solutions
+
+
+def with_cells(cells: list[NotebookNode], ids: list[str] | None) -> NotebookNode:
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    return new_notebook(cells=cells, metadata={"kernelspec": kernel, "language_info": {"name": "python"}})
+    metadata = {"kernelspec": kernel, "language_info": {"name": "python"}} | ({"headings": ids} if ids else {})
+    return new_notebook(cells=cells, metadata=metadata)
+
+
+# ---- Exercises
+
+
+def check_exercises(name: str, cells: list[NotebookNode]) -> None:
+    """Raise PageError for a blank that is none, or that is not followed by its check and its solution."""
+    for cell, *after in zip(cells, [*cells[1:], None], [*cells[2:], None, None], strict=False):
+        if tagged(cell, "blank"):
+            if not re.search(r"^answer = None\b", cell.source, re.MULTILINE) or "wrong" not in cell.metadata:
+                raise source_error(name, cell, "a blank holds the line `answer = None`, and `wrong`, a wrong answer")
+            kinds = [other is not None and other.cell_type == "code" for other in after]
+            if not all(kinds) or "check(" not in after[0].source or not tagged(after[1], "solution"):
+                raise source_error(name, cell, "a blank is followed by its check and then by its solution")
+        if tagged(cell, "solution") and "explain" not in cell.metadata:
+            raise source_error(name, cell, "a solution is explained, explain: {en: ..., zh: ...}")
+
+
+def solved(cells: list[NotebookNode], name: str, language: str) -> list[NotebookNode]:
+    """The cells of the solutions' notebook: the page's code, then its exercises, each check with both answers."""
+    cells = copy.deepcopy(cells)
+    first = next(i for i, cell in enumerate(cells) if tagged(cell, "blank") or tagged(cell, "solution"))
+    while cells[first - 1].cell_type == "markdown":
+        first -= 1
+    made = [new_markdown_cell(SOLUTIONS_OF[language].format(name=name))]
+    for cell in code_cells(cells[:first]):
+        if "mystnb" not in cell.metadata:  # no pictures
+            # The page's own notebook compares these outputs.
+            cell.metadata["tags"] = [tag for tag in cell.metadata.get("tags", []) if tag != "nbval-check-output"]
+            made.append(cell)
+    rest = iter(cells[first:])
+    for cell in rest:
+        if tagged(cell, "blank"):
+            check, solution = next(rest), next(rest)
+            wrong = new_code_cell(re.sub(r"\bNone\b.*", cell.metadata["wrong"], cell.source))
+            # Each check is compared with its stored words, "right" after the one and "not right yet" after the other.
+            check.metadata["tags"] = ["nbval-check-output"]
+            made += [new_markdown_cell(solution.metadata.pop("explain")), solution, check, wrong, copy.deepcopy(check)]
+        elif tagged(cell, "solution"):
+            made += [new_markdown_cell(cell.metadata.pop("explain")), cell]
+        else:
+            made.append(cell)
+    for number, cell in enumerate(made):
+        cell["id"] = f"cell-{number}"
+    return made
+
+
+def fold_solutions(page: NotebookNode, solutions: NotebookNode | None, name: str, language: str) -> None:
+    """Turn the page's cells of solutions into folded Markdown, with what they printed in the notebook of solutions."""
+    ran = [cell for cell in solutions.cells if tagged(cell, "solution")] if solutions else []
+    folded = iter(ran)
+    for i, cell in enumerate(page.cells):
+        if tagged(cell, "solution"):
+            shown = "\n\n".join(shown_in_markdown(output, name, cell) for output in next(folded).outputs)
+            parts = [
+                f'<details class="solution"><summary>{SOLUTION[language]}</summary>',
+                cell.metadata["explain"],
+                f"```python\n{cell.source}\n```",
+                *([OUTPUT[language], shown] if shown else []),
+                "</details>",
+            ]
+            page.cells[i] = new_markdown_cell("\n\n".join(parts), id=cell["id"])
+
+
+def shown_in_markdown(output: NotebookNode, name: str, cell: NotebookNode) -> str:
+    data = output.get("data", {})
+    if "text/html" in data:
+        return data["text/html"]
+    text = output.get("text", data.get("text/plain"))
+    if text is None or any(kind.startswith("image/") for kind in data):
+        raise source_error(name, cell, "a solution prints or shows a table: a picture cannot be folded into Markdown")
+    return f"```text\n{text.rstrip()}\n```"
 
 
 # ---- Outputs: carried over from the stored notebook, or computed
@@ -157,7 +312,7 @@ def carry_over(notebook: NotebookNode, stored: NotebookNode | None) -> bool:
 
 
 def execute(notebook: NotebookNode, name: str, language: str) -> None:
-    """Run all cells in the notebook's folder. Raises PageError, naming the cell, for whatever goes wrong."""
+    """Run all cells in the page's folder. Raises PageError, naming the cell, for whatever goes wrong."""
     folder = notebook_path(name, language).parent
     folder.mkdir(parents=True, exist_ok=True)
     started = []
@@ -260,8 +415,7 @@ def fingerprint(notebook: NotebookNode) -> str:
 # ---- The command
 
 
-def stored_text(name: str, language: str) -> str | None:
-    path = notebook_path(name, language)
+def stored_text(path: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.exists() else None
 
 
@@ -273,46 +427,78 @@ def write(path: Path, text: str) -> None:
     half.replace(path)
 
 
-def render(name: str, language: str, url: str, run_all: bool) -> str:
-    """The notebook's file as it should be: with the stored outputs if its code is unchanged, else executed."""
-    notebook, text = make_notebook(name, language, url), stored_text(name, language)
+def finish(notebook: NotebookNode, path: Path, name: str, language: str, run: bool | None) -> bool:
+    """Give a notebook its outputs: run it (True), or take the stored ones if its code is unchanged and run it else
+    (False) or not at all (None). Returns whether it has them.
+    """
+    text = stored_text(path)
     stored = nbformat.reads(text, as_version=4) if text else None
-    if code_cells(notebook.cells) and (run_all or not carry_over(notebook, stored)):
+    if code_cells(notebook.cells) and (run or not carry_over(notebook, stored)):
+        if run is None:
+            return False
         # A kernel writes into the notebook's metadata whatever it says about itself, down to its version.
         metadata = dict(notebook.metadata)
         execute(notebook, name, language)
         widgets = {key: value for key, value in notebook.metadata.items() if key == "widgets"}
         notebook.metadata = NotebookNode(metadata | widgets)
     check_outputs(notebook, name, language)
-    return to_text(notebook)
+    return True
+
+
+def render(name: str, language: str, url: str, run: bool | None) -> dict[Path, str] | None:
+    """The files of a page in one language as they should be; None if that takes a run and `run` is None."""
+    page, solutions = make_notebooks(name, language, url)
+    texts = {}
+    if solutions:
+        path = solutions_path(name, language)
+        if not finish(solutions, path, name, language, run):
+            return None
+        texts[path] = to_text(solutions)
+        check_answers(solutions, name)
+    fold_solutions(page, solutions, name, language)
+    path = notebook_path(name, language)
+    return texts | {path: to_text(page)} if finish(page, path, name, language, run) else None
+
+
+def check_answers(solutions: NotebookNode, name: str) -> None:
+    """Raise PageError unless each check took the solution for right, and the wrong answer for wrong."""
+    checks = [cell for cell in code_cells(solutions.cells) if re.search(r"^check\(", cell.source, re.MULTILINE)]
+    for number, cell in enumerate(checks):
+        says = "".join(output.get("text", "") for output in cell.outputs).strip()
+        if (says in ("Right.", "正确。")) != (number % 2 == 0):
+            answer = "its solution" if number % 2 == 0 else "the wrong answer"
+            raise source_error(name, cell, f"this check says of {answer}: {says}")
 
 
 def generate(name: str, url: str, run_all: bool) -> str:
-    """Write both notebooks of a page, or none of them if one fails. Returns what was done, in words."""
+    """Write all notebooks of a page, or none of them if one fails. Returns what was done, in words."""
     start = time.perf_counter()
     with ThreadPoolExecutor(len(LANGUAGES)) as pool:  # each thread waits for a kernel, a process of its own
-        texts = list(pool.map(lambda language: render(name, language, url, run_all), LANGUAGES))
-    changed = [language for language, text in zip(LANGUAGES, texts, strict=True) if text != stored_text(name, language)]
-    for language, text in zip(LANGUAGES, texts, strict=True):
-        if language in changed:
-            write(notebook_path(name, language), text)
+        made = list(pool.map(lambda language: render(name, language, url, run_all), LANGUAGES))
+    changed = []
+    for language, texts in zip(LANGUAGES, made, strict=True):
+        new = {path: text for path, text in texts.items() if text != stored_text(path)}
+        changed += [language] * bool(new)
+        for path, text in new.items():
+            write(path, text)
     return f"{name}: wrote {' and '.join(changed) or 'nothing, it is unchanged'} ({time.perf_counter() - start:.1f} s)"
 
 
 def check(name: str, url: str) -> None:
     """Raise PageError unless the stored notebooks are what the source gives. Runs nothing, writes nothing."""
     for language in LANGUAGES:
-        notebook, text = make_notebook(name, language, url), stored_text(name, language)
-        stored = nbformat.reads(text, as_version=4) if text else None
-        if stored is None or not carry_over(notebook, stored) or to_text(notebook) != text:
+        texts = render(name, language, url, None)
+        if texts is None or any(stored_text(path) != text for path, text in texts.items()):
             raise PageError(f"book/{language}/{name}.ipynb is not what book/src/{name}.md gives: run  make notebooks")
-        check_outputs(notebook, name, language)
 
 
 def strays() -> list[str]:
     """Notebooks that no source stands behind."""
-    notebooks = [path for language in LANGUAGES for path in (ROOT / "book" / language).glob("*.ipynb")]
-    return [str(path.relative_to(ROOT)) for path in sorted(notebooks) if not source_path(path.stem).exists()]
+    folders = [path("x", language).parent for path in (notebook_path, solutions_path) for language in LANGUAGES]
+    notebooks = [path for folder in folders for path in folder.glob("*.ipynb")]
+    kept = [path for path in notebooks if source_path(path.stem).exists()]
+    kept = [p for p in kept if p.parents[1].name != "solutions" or "solution" in source_path(p.stem).read_text("utf-8")]
+    return [str(path.relative_to(ROOT)) for path in sorted(set(notebooks) - set(kept))]
 
 
 def main() -> int:
