@@ -6,15 +6,12 @@ axes.set(xlabel=words(en="hour", zh="小时"))
 plots.show(figure)
 """
 
-import ast
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from html import escape
 from importlib.metadata import PackageNotFoundError, distribution
-from inspect import getsource
-from textwrap import dedent
 from unicodedata import east_asian_width
 
 import numpy as np
@@ -253,16 +250,6 @@ def _leading_number(text: str) -> float | None:
 def _columns_of(text: str) -> int:
     """How many columns of a terminal a text takes: a Chinese character takes two."""
     return sum(2 if east_asian_width(character) in "WF" else 1 for character in text)
-
-
-def show_source(thing: Callable) -> None:
-    """Print the source of a function or class without its docstrings, for a page that explains it in its own words."""
-    lines = getsource(thing).splitlines()
-    for part in ast.walk(ast.parse(dedent("\n".join(lines)))):
-        if isinstance(part, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(part):
-            docstring = part.body[0]
-            lines[docstring.lineno - 1 : docstring.end_lineno] = [None] * (docstring.end_lineno - docstring.lineno + 1)
-    print("\n".join(line for line in lines if line is not None))
 
 
 def svg(figure: Figure) -> bytes:

@@ -317,14 +317,3 @@ def test_without_ipywidgets_it_is_missing_by_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
     with pytest.raises(ImportError, match="ipywidgets"):
         plots.slider([drawn()], ["1"], description="k", alt=["one"])
-
-
-def test_show_source_leaves_docstrings_out(capsys):
-    from mini_impl.forecasting.dlinear import DLinear, decompose
-
-    plots.show_source(decompose)
-    plots.show_source(DLinear)
-    shown = capsys.readouterr().out
-    assert "def decompose(series: Tensor, kernel_size: int)" in shown and "return trend, series - trend" in shown
-    assert "nn.Linear(history, horizon)" in shown and "# [batch * variable, time]" in shown
-    assert '"""' not in shown and "Source:" not in shown

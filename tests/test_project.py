@@ -286,7 +286,7 @@ def test_a_ready_project_only_tests(project):
         "pytest -n 2 tests",
         "pytest -n 2",
     ]
-    assert project.calls()[4].endswith(" book/en book/zh")
+    assert project.calls()[4].endswith(" book/en book/zh book/solutions")
 
 
 def test_reproduce_runs_every_experiment_with_one_thread(project):
