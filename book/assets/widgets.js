@@ -67,8 +67,7 @@ addEventListener("DOMContentLoaded", () => {
   }
 
   function image(model, state) {
-    const source = `data:image/${state.format};base64,${models[model].buffers[0].data}`;
-    return element("img", { src: source, alt: state.tooltip ?? "" });
+    return element("img", { src: models[model].address, alt: state.tooltip ?? "" }); // book/ext/pack.py made a file of it
   }
 
   function link({ source, target }, bothWays) {

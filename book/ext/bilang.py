@@ -38,6 +38,7 @@ def place_switch(app: Sphinx, config: Config) -> None:
     config.templates_path.append(str(Path(__file__).parent / "templates"))
     theme = config.html_theme_options
     theme["article_header_end"] = ["language-switch.html", "article-header-buttons.html"]
+    theme["footer_content_items"] = ["repository-links.html", "author.html", "copyright.html", "extra-footer.html"]
     theme["navbar_persistent"] = []  # else the theme adds an empty bar at the top, with a second search box
     theme["use_fullscreen_button"] = False  # one button more is wider than a phone
 

@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 
 import yaml
+from head import default_base, write_not_found, write_sitemap
+from pack import pack
 from sphinx.application import ENV_PICKLE_FILENAME, Sphinx
 from sphinx.errors import ConfigError
 
@@ -27,12 +29,16 @@ def setup(app: Sphinx) -> dict:
     editions = settings.pop("editions")
     toc = yaml.safe_load(Path(settings["external_toc_path"]).read_text(encoding="utf-8"))
     add_repository_buttons(settings["html_theme_options"])
+    settings["html_baseurl"] = settings.get("html_baseurl") or default_base(
+        settings["html_theme_options"]["repository_url"]
+    )
+    base = settings["html_baseurl"]
     if edition:
         use_edition(app, edition, editions[edition])
         toc = toc_of_edition(toc, edition)
     else:
         toc = toc_of_chooser(toc, editions)
-        app.connect("build-finished", lambda app, error: error or build_editions(app, editions))
+        app.connect("build-finished", lambda app, error: error or build_editions(app, editions, base))
     # Sphinx reads pages below srcdir only. The paths in _config.yml are relative to confdir, which stays at the root.
     app.srcdir = root / "book" / edition if edition else root / "book"
     settings["external_toc_path"] = write_toc(toc, Path(app.outdir).parent)
@@ -97,8 +103,11 @@ def write_toc(toc: dict, folder: Path) -> str:
     return path.as_posix()
 
 
-def build_editions(app: Sphinx, editions: dict) -> None:
-    """Run this very command again for every edition, all at the same time, and collect their pages."""
+def build_editions(app: Sphinx, editions: dict, base: str) -> None:
+    """Run this very command again for every edition, all at the same time, and make one site of them.
+
+    base: the site's address, or "" while it has none.
+    """
     # They build beside the site and not in it: MyST-NB leaves files of its own next to the pages.
     folders = {edition: Path(app.outdir).parent / "editions" / edition for edition in editions}
     runs = [
@@ -115,6 +124,10 @@ def build_editions(app: Sphinx, editions: dict) -> None:
     if app.builder.name == "html":
         for edition, folder in folders.items():
             shutil.copytree(folder / "_build" / "html", Path(app.outdir) / edition, dirs_exist_ok=True)
+        pack(Path(app.outdir), list(editions))
+        write_not_found(Path(app.outdir), base)
+        if base:
+            write_sitemap(Path(app.outdir), base)
 
 
 def forget_after_warning(app: Sphinx, error: Exception | None) -> None:

@@ -52,8 +52,8 @@ from mini_impl.language import use_language
 use_language("{language}")"""
 TITLE = {"en": "The book's package, and the language of this page", "zh": "本书的程序包，以及本页的语言"}
 BY_HAND = {
-    "en": 'This page needs the package mini_impl: in the root of a copy of the book, run  pip install ".[zh]"',
-    "zh": '本页需要程序包 mini_impl：请在本书副本的根目录下运行  pip install ".[zh]"',
+    "en": "This page needs the package mini_impl. In a copy of the book, run",
+    "zh": "本页需要程序包 mini_impl：请在本书副本的根目录下运行",
 }
 
 SOLUTION = {"en": "Solution", "zh": "解答"}
@@ -96,7 +96,8 @@ def setup_cell(language: str, url: str) -> NotebookNode:
     rescue = (
         f'%pip install --quiet "mini_impl[zh] @ git+{url}"'
         if url
-        else f"raise ImportError({BY_HAND[language]!r}) from None"
+        else f"raise ImportError(\n        {json.dumps(BY_HAND[language], ensure_ascii=False)}\n"
+        """        ' pip install ".[zh]"'\n    ) from None"""
     )
     source = SETUP.format(title=TITLE[language], rescue=rescue, language=language)
     return new_code_cell(source, id="setup", metadata={"tags": ["hide-input"]})

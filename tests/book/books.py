@@ -17,6 +17,9 @@ PAGES = Path(__file__).parent / "pages"
 ADDRESS = "https://github.com/example/book"
 BASE = "https://example.org/book/"
 LANGUAGES = ("en", "zh")
+REWRITTEN = ("dlinear",)  # the pages in the form that DLinear has; the others follow
+PHONE = {"width": 390, "height": 844}
+DESK = {"width": 1280, "height": 900}
 STRICT = ("-W", "-n", "--keep-going")
 
 
@@ -74,6 +77,13 @@ def small_book(root: Path, *sources: Path, url: str = "", base: str = "") -> Pat
     toc = {"format": "jb-book", "root": "book/index", "parts": parts}
     (root / "_toc.yml").write_text(yaml.safe_dump(toc, allow_unicode=True), encoding="utf-8")
     return root
+
+
+def pages_of_language(site: Path, language: str) -> list[str]:
+    """The chooser and every page of one language, as paths below the site."""
+    pages = [site / "index.html", *sorted((site / language).glob("*.html"))]
+    assert len(pages) >= 9
+    return [page.relative_to(site).as_posix() for page in pages]
 
 
 def check_words(text: str, language: str) -> None:

@@ -1,95 +1,17 @@
 """The pages in a browser: what a reader sees, on a desk and on a phone, from a server and from a folder."""
 
-import functools
-import os
-import shutil
-import threading
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from books import DESK, PHONE
 
 pytestmark = pytest.mark.slow
-OPTIONS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
-PHONE = {"width": 390, "height": 844}
-DESK = {"width": 1280, "height": 900}
 TAGS = {"en": "en", "zh": "zh-CN"}
-
-
-@pytest.fixture(scope="session")
-def browser():
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        missing = "no Chromium here; on Debian: apt install chromium"
-        pytest.fail(missing) if os.environ.get("CI") == "true" else pytest.skip(missing)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=OPTIONS)
-        yield browser
-        browser.close()
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *arguments) -> None:
-        """Say nothing: pytest shows what a test prints."""
-
-
-@pytest.fixture(scope="session")
-def addresses(site, demo_site, sites):
-    """How the folder of both sites is reached: {"http": ..., "file": ...}."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(sites)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield {"http": f"http://127.0.0.1:{server.server_port}", "file": sites.as_uri()}
-    server.shutdown()
-
-
-class Visit:
-    """A browser window that notes whatever goes wrong, and every request."""
-
-    def __init__(self, browser: Browser, root: str, size: dict[str, int], **options):
-        self.root, self.problems, self.requests = root, [], []
-        self.page: Page = browser.new_page(viewport=size, **options)
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.on("requestfailed", lambda request: self.problems.append(f"failed: {request.url}"))
-        self.page.on(
-            "response", lambda answer: answer.status < 400 or self.problems.append(f"{answer.status}: {answer.url}")
-        )
-        self.page.on("pageerror", lambda error: self.problems.append(f"page error: {error}"))
-        self.page.on("console", lambda text: text.type != "error" or self.problems.append(f"console: {text.text}"))
-
-    def open(self, path: str) -> Page:
-        """Go to a page of either site, and wait until its formulas are set."""
-        self.page.goto(f"{self.root}/{path}", wait_until="load")
-        self.page.evaluate("window.MathJax ? MathJax.startup.promise.then(() => null) : null")
-        return self.page
-
-    def outside_requests(self) -> list[str]:
-        return [url for url in self.requests if not url.startswith((self.root, "data:", "blob:"))]
-
-
-@pytest.fixture
-def visit(browser, addresses):
-    """visit(size, scheme="http", **options) opens a window, which is closed when the test is over."""
-    visits = []
-
-    def open_window(size: dict[str, int], scheme: str = "http", **options) -> Visit:
-        visits.append(Visit(browser, addresses[scheme], size, **options))
-        return visits[-1]
-
-    yield open_window
-    for window in visits:
-        window.page.close()
 
 
 def pages_of(folder: Path, sites: Path) -> list[str]:
     """Every page of a site that a reader can open, as a path below `sites`."""
-    found = [path for path in sorted(folder.rglob("*.html")) if "_static" not in path.parts]
+    found = [path for path in sorted(folder.rglob("*.html")) if "_static" not in path.parts and path.name != "404.html"]
     assert len(found) > 9
     return [path.relative_to(sites).as_posix() for path in found]
 
@@ -295,7 +217,7 @@ found => [
 def test_wide_things_scroll_in_boxes_of_their_own(visit):
     page = visit(PHONE).open("demo/_build/html/zh/demo.html")
     page.locator("details.hide").evaluate_all("all => all.forEach(details => { details.open = true; })")
-    for kind in ("div.math", "table", ".cell_input pre", ".cell_output pre"):
+    for kind in ("div.math", ".pst-scrollable-table-container", ".cell_input pre"):
         scrolling, cut = page.locator(f".bd-article {kind}").evaluate_all(SCROLLING)
         assert scrolling > 0, f"no {kind} of this page scrolls"
         assert cut == 0, f"{cut} {kind} begin left of where one can scroll to"

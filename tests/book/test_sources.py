@@ -10,13 +10,12 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
-from books import LANGUAGES, ROOT, check_widgets, check_words, make_notebooks
+from books import LANGUAGES, REWRITTEN, ROOT, check_widgets, check_words, make_notebooks
 
 NAMES = sorted(path.stem for path in (ROOT / "book" / "src").glob("*.md"))
 assert len(NAMES) >= 6, "the tests below run once a page"
 each_page = pytest.mark.parametrize("name", NAMES)
-# Pages in the form that DLinear has; the others follow.
-each_rewritten_page = pytest.mark.parametrize("name", ["dlinear"])
+each_rewritten_page = pytest.mark.parametrize("name", REWRITTEN)
 each_notebook = pytest.mark.parametrize(
     ("name", "language"), [(name, language) for name in NAMES for language in LANGUAGES]
 )
