@@ -341,7 +341,7 @@ def test_help_lists_every_command(project):
     assert {"help", "book", "test", "serve", "notebooks", "check", "clean", "bench", "real-model"} <= TARGETS
 
 
-@pytest.mark.parametrize("missing", [[], ["chromium"], ["chromium", "python3-venv"]], ids="+".join)
+@pytest.mark.parametrize("missing", [[], ["chromium"], ["chromium", "npm", "python3-venv"]], ids="+".join)
 def test_ci_installs_what_is_missing_and_runs_the_tests(project, missing):
     shutil.copytree(ROOT / ".ci", project.folder / ".ci")
     (project.folder / "bin").mkdir()
@@ -350,8 +350,8 @@ def test_ci_installs_what_is_missing_and_runs_the_tests(project, missing):
     project.program("bin/make", 'echo make "$@" with CI=$CI >> calls')
     project.program("bin/sleep", "")
     project.program("bin/python3", f"exit {int('python3-venv' in missing)}")
-    if "chromium" not in missing:
-        project.program("bin/chromium", "")
+    for program in {"chromium", "npm"} - set(missing):
+        project.program(f"bin/{program}", "")
     # The first call fails, as it does when a mirror is away for a moment.
     project.program("bin/apt-get", 'echo apt-get "$@" >> calls; test -e called || { touch called; exit 1; }')
     environment = {"PATH": str(project.folder / "bin")}

@@ -3,6 +3,8 @@
 import base64
 import gzip
 import hashlib
+import os
+import shutil
 import subprocess
 import tarfile
 from pathlib import Path
@@ -21,6 +23,9 @@ each_rewritten_page = pytest.mark.parametrize("name", REWRITTEN)
 @pytest.fixture(scope="session")
 def axe(tmp_path_factory) -> Path:
     """The script of axe-core, the accessibility checker, from the npm registry."""
+    if shutil.which("npm") is None:
+        missing = "no npm here; on Debian: apt install npm"
+        pytest.fail(missing) if os.environ.get("CI") == "true" else pytest.skip(missing)
     folder = tmp_path_factory.mktemp("axe")
     done = subprocess.run(["npm", "pack", "--silent", AXE], cwd=folder, text=True, stdout=-1, stderr=subprocess.STDOUT)
     assert done.returncode == 0, f"npm could not fetch {AXE}: {done.stdout}"
