@@ -12,8 +12,6 @@ from sphinx.transforms import SphinxTransform
 
 
 class HeadingIds(SphinxTransform):
-    """Runs before MyST looks for the targets of links, at 879."""
-
     default_priority = 500
 
     def apply(self, **kwargs) -> None:
@@ -26,9 +24,25 @@ class HeadingIds(SphinxTransform):
                 self.document.nameids[name] = word
             section["ids"], section["names"] = [word], [*section["names"], word]
             self.document.ids[word] = section
-            self.document.nameids[word], self.document.nametypes[word] = word, True
+            self.document.nameids[word], self.document.nametypes[word] = word, False
+
+
+class OfferIds(SphinxTransform):
+    """Makes the ids targets of the page's own links, which MyST looks for at 879.
+
+    Not earlier: at 850 Sphinx collects targets for all pages, and several pages have a section `sources`.
+    """
+
+    default_priority = 870
+
+    def apply(self, **kwargs) -> None:
+        for section in self.document.findall(nodes.section):
+            for word in section["ids"]:
+                if word in self.document.nametypes:
+                    self.document.nametypes[word] = True
 
 
 def setup(app: Sphinx) -> dict:
     app.add_transform(HeadingIds)
+    app.add_transform(OfferIds)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
