@@ -265,7 +265,8 @@ def _shorter(drawing: str) -> str:
     drawing = re.sub(r' "(?=[ />])', '"', re.sub(r"\s+", " ", drawing)).replace("> <", "><")
 
     def rounded(attribute: re.Match) -> str:
-        return re.sub(r"-?\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), attribute[0])
+        short = re.sub(r"-?\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), attribute[0])
+        return re.sub(r" ?([MLQCz]) ?", r"\1", short) if attribute[1] == "d" else short
 
     return re.sub(r'(?<= )(d|x|y|points)="[^"]*"|translate\([^)]*\)', rounded, drawing)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from books import ADDRESS, BASE, PAGES, ROOT, STRICT, build, make_notebooks, run, small_book
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, Request, sync_playwright
 
 OPTIONS = (
     "--no-sandbox",
@@ -127,12 +127,16 @@ class Visit:
         self.root, self.problems, self.requests = root, [], []
         self.page: Page = browser.new_page(viewport=size, **options)
         self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.on("requestfailed", lambda request: self.problems.append(f"failed: {request.url}"))
+        self.page.on("requestfailed", self._note_failure)
         self.page.on(
             "response", lambda answer: answer.status < 400 or self.problems.append(f"{answer.status}: {answer.url}")
         )
         self.page.on("pageerror", lambda error: self.problems.append(f"page error: {error}"))
         self.page.on("console", lambda text: text.type != "error" or self.problems.append(f"console: {text.text}"))
+
+    def _note_failure(self, request: Request) -> None:
+        if request.failure != "net::ERR_ABORTED":  # the next page was opened before the last one's icon had come
+            self.problems.append(f"failed: {request.url}")
 
     def open(self, path: str) -> Page:
         """Go to a page of either site, and wait until its formulas are set."""

@@ -193,7 +193,10 @@ def test_nothing_is_there_twice_and_nothing_unused(site):
 
 def test_pages_are_small(site):
     for page in html_pages(site):
-        pictures = {page.parent / unquote(tag["src"]) for tag in soup(page).find_all("img") if ":" not in tag["src"]}
+        # Those of sliders stand in a script, for widgets.js.
+        text = page.read_text(encoding="utf-8")
+        pictures = {page.parent / unquote(name) for name in re.findall(r"_images/[\w.%-]+", text)}
+        assert "dlinear" not in page.name or len(pictures) > 10
         assert page.stat().st_size + sum(path.stat().st_size for path in pictures) <= 800_000, page
 
 
