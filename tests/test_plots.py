@@ -200,7 +200,7 @@ def test_show(shown):
 
 
 def test_a_figure_of_very_many_points_is_shown_as_a_png_of_twice_the_size(shown):
-    figure = drawn(noise=torch.rand(20_000))
+    figure = drawn(noise=torch.rand(20_000), more=torch.rand(20_000), yet_more=torch.rand(20_000))
     assert len(plots.svg(figure)) > plots.LARGEST_SVG
     plots.show(figure)
     assert shown[0].data == plots.png(figure) and shown[0].width == 640
