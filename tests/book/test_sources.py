@@ -216,6 +216,7 @@ def test_chinese_pages_print_chinese(name):
 
 # The glossary has the word that the book uses; of these, each was used for the same thing once.
 VARIANTS = (
+    "原文写错",
     "原文的损失",
     "原文损失",
     "批大小",
