@@ -243,7 +243,7 @@ def _cell(cell: str | float | None) -> str:
 
 def _leading_number(text: str) -> float | None:
     """The number with which a text begins: 0.195 of "0.195 (0.194–0.196)", 12 of "12 %"; None where there is none."""
-    found = re.match(r"[+−-]?\d[\d ]*(\.\d+)?(e[+−-]?\d+)?", text)
+    found = re.match(r"(?>[+−-]?\d[\d ]*(\.\d+)?(e[+−-]?\d+)?)(?![^\W\d_])", text)  # "45 Queen Street" is a name
     return float(found[0].replace("−", "-").replace(" ", "")) if found else None
 
 

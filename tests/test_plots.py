@@ -317,3 +317,8 @@ def test_without_ipywidgets_it_is_missing_by_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
     with pytest.raises(ImportError, match="ipywidgets"):
         plots.slider([drawn()], ["1"], description="k", alt=["one"])
+
+
+def test_a_name_that_begins_with_a_number_is_no_number():
+    shown = plots.table([["45 Queen Street", "12 %"], ["8 题", "1.5e-05 (1–2)"]], ["sensor", "share"])
+    assert shown.right == [False, True]
