@@ -36,7 +36,7 @@ notebooks: .venv/book ## make the notebooks from book/src and run those that cha
 	.venv/bin/python book/tools/notebooks.py $(if $(ALL),--all)
 
 reproduce: .venv/book ## compute the figures in book/results again, or go on with it (needs ETTh1: a network or MINI_IMPL_DATA)
-	for script in book/experiments/*.py; do $(ONE_THREAD) .venv/bin/python $$script || exit 1; done
+	for script in book/experiments/[a-z]*.py; do $(ONE_THREAD) .venv/bin/python $$script || exit 1; done
 
 serve: ## show the built site on 127.0.0.1 (PORT=8000)
 	@test -f _build/html/index.html || $(call fail,There is no site to show yet: make book builds it.)
@@ -44,6 +44,7 @@ serve: ## show the built site on 127.0.0.1 (PORT=8000)
 
 bench: .venv/parity ## speed beside other people's implementations
 	.venv/bin/python -m bench
+	.venv/bin/python -m bench.growth
 	.venv/bin/python -m bench.finetuning
 
 fuzz: .venv/test ## call every public function with wrong arguments, 100000 times (four minutes)

@@ -18,11 +18,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from bench.measuring import PROCESSES, THREADS, apart, milliseconds, peak, spread
+from bench.measuring import PROCESSES, THREADS, apart, arithmetic, milliseconds, peak, spread
 from bench.pairs import HISTORY, HORIZON, PAIRS, WINDOWS, Pair
 from mini_impl import checks
 from mini_impl.checkpoint import write_bytes
@@ -94,13 +92,6 @@ def largest_difference(pair: Pair) -> float:
         else:
             theirs = peer_forecast(pair, history)
     return (ours - theirs).abs().max().item()
-
-
-def arithmetic(step: Callable[[], None]) -> int:
-    """Floating-point operations of the matrix products and convolutions in one step."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused attention is not counted
-        step()
-    return counter.get_total_flops()
 
 
 def matrix_speed() -> float:

@@ -10,6 +10,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 PROCESSES, THREADS = 5, 2  # how often all is measured again, and with how many threads
 
@@ -47,3 +49,10 @@ def resident(field: str) -> float:
     """MiB of this process, now (VmRSS) or at most (VmHWM)."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) / 1024
+
+
+def arithmetic(step: Callable[[], None]) -> int:
+    """Floating-point operations of the matrix products and convolutions in one step."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused attention is not counted
+        step()
+    return counter.get_total_flops()

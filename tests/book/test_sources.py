@@ -157,6 +157,18 @@ def test_what_a_page_builds_is_short_compared_and_not_called(name):
     assert len(built) == len(set(built)) >= 4
 
 
+STEPS = yaml.safe_load((ROOT / "book" / "src" / "steps.yml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", sorted(set(STEPS) & set(NAMES)))  # TimesNet has no chapter yet
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_documented_step_loss_and_claim_is_named_by_a_cell(name, language):
+    """book/src/steps.yml lists what the documentation says; a cell's `steps: [..]` names what it builds or tests."""
+    named = {step for cell in cells(name, language, "code") for step in cell.metadata.get("steps", [])}
+    assert named == {f"{name}.{step}" for step in STEPS[name]}
+    assert all(sorted(words) == list(LANGUAGES) for words in STEPS[name].values())
+
+
 # What a Chinese page may print in Latin letters: names of models, methods, measures, streets, and code.
 LATIN = {
     "MSE",
