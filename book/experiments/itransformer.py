@@ -54,7 +54,7 @@ def only(windows: Windows, variables: list[int]) -> Windows:
 
 
 def half_loss(output: Output, target: Tensor, weight: float, half: str) -> LossTerms:
-    """The documented loss with one half of ||EE' - I||^2, its diagonal ("norms") or the rest ("angles"); "short": tr EE'."""
+    """The documented loss with one half of ||EE' - I||^2, its diagonal ("norms") or the rest ("angles"), or tr EE'."""
     gram = output.embedding @ output.embedding.mT  # [batch, variable, variable]
     squares = (gram - torch.eye(gram.shape[-1])).square()
     diagonal = squares.diagonal(dim1=-2, dim2=-1).sum(-1)  # [batch]
@@ -64,7 +64,7 @@ def half_loss(output: Output, target: Tensor, weight: float, half: str) -> LossT
 
 
 class Watched:
-    """A loss that notes, at the start of every pass, how long the embeddings are and how far they turned since the last."""
+    """A loss that notes, at the start of every pass, how long the embeddings are and how far they turned."""
 
     def __init__(self, loss, model: nn.Module, history: Tensor, steps: int):
         self.loss, self.model, self.history, self.steps = loss, model, history, steps
