@@ -1,6 +1,7 @@
-"""How a forecaster's step grows with its look-back and with the number of variables; writes book/results/growth.json.
+"""What a forecaster's training step costs, and how that grows; writes book/results/growth.json.
 
-Each model has its default sizes, a batch of 8 windows of noise, 96 steps to forecast. A figure is the least of three
+Growth with look-back and number of variables: default sizes, a batch of 8 windows of noise, 96 steps to forecast. And
+the step of each model as book/results/forecasters.json trains it, a batch of 32. A figure is the least of three
 processes: other work on the machine can only make a step slower.
 """
 
@@ -14,23 +15,24 @@ import torch
 from tqdm import tqdm
 
 from bench.measuring import THREADS, apart, arithmetic, milliseconds, peak
+from mini_impl import results
 from mini_impl.checkpoint import write_bytes
 from mini_impl.forecasting import FORECASTERS, loss_of
 
 RESULT = Path(__file__).parents[1] / "book" / "results" / "growth.json"
-BATCH, HORIZON = 8, 96
+HORIZON = 96
 LOOK_BACKS, VARIABLES = (96, 192, 336, 720), (7, 21, 82, 321)
 PLACES = [(look_back, 7) for look_back in LOOK_BACKS] + [(96, variables) for variables in VARIABLES[1:]]
 
 
-def training(name: str, history: int, variables: int) -> Callable[[], None]:
+def training(name: str, history: int, variables: int, batch: int, settings: dict) -> Callable[[], None]:
     """One step as `fit` does it, with the published loss."""
     torch.manual_seed(0)
     make = FORECASTERS[name]
     more = {"variables": variables} if "variables" in inspect.signature(make).parameters else {}
-    model = make(history, HORIZON, **more).train()
+    model = make(history, HORIZON, **more, **settings).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-    past, target = torch.randn(BATCH, history, variables), torch.randn(BATCH, HORIZON, variables)
+    past, target = torch.randn(batch, history, variables), torch.randn(batch, HORIZON, variables)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -40,31 +42,42 @@ def training(name: str, history: int, variables: int) -> Callable[[], None]:
     return step
 
 
-def measure(name: str, history: int, variables: int) -> dict:
-    """Milliseconds of a step, MiB that a few need beside the weights, and their multiplications and additions."""
-    step = training(name, history, variables)
+def least(*case) -> dict:
+    """The least that three processes measured."""
+    runs = [apart(measure, *case) for _ in range(3)]
+    return {key: min(run[key] for run in runs) for key in runs[0]}
+
+
+def measure(*case) -> dict:
+    """Milliseconds of a step, MiB that a few need beside the weights, and its multiplications and additions."""
+    step = training(*case)
     step()  # code and threads are there before it counts
     count = max(3, min(100, round(500 / milliseconds(step, 1))))
     times = [milliseconds(step, count) for _ in range(3)]
-    memory = peak(lambda: milliseconds(training(name, history, variables), 3))
+    memory = peak(lambda: milliseconds(training(*case), 3))
     return {"milliseconds": min(times), "MiB": memory, "GFLOP": arithmetic(step) / 1e9}
 
 
+def compared(name: str) -> dict:
+    """The settings with which a model was compared: those of its rows at another seed than the choice had."""
+    rows = [row["arguments"] for row in results.load("forecasters")["rows"].values()]
+    return next(row["settings"] for row in rows if row["model"] == name and row["seed"] > 0)
+
+
 def main() -> None:
-    """Measure every model at every place, print a table, write the result file."""
-    models = {}
-    for name in FORECASTERS:
-        models[name] = {}
-        for place in tqdm(PLACES, desc=name, disable=None):
-            runs = [apart(measure, name, *place) for _ in range(3)]
-            least = {key: min(run[key] for run in runs) for key in runs[0]}
-            models[name]["{} steps, {} variables".format(*place)] = least
-            print(f"{name:<14}{place[0]:>5}{place[1]:>5}{least['milliseconds']:10.2f} ms{least['MiB']:8.0f} MiB")
+    """Measure every model at every place and as it was compared, write the result file."""
+    models, as_compared = {}, {}
+    for name in tqdm(FORECASTERS, disable=None):
+        cases = {"{} steps, {} variables".format(*place): (name, *place, 8, {}) for place in PLACES}
+        models[name] = {place: least(*case) for place, case in cases.items()}
+        as_compared[name] = least(name, 96, 7, 32, compared(name))
+    step = f"training step, {HORIZON} steps ahead, published loss, {THREADS} threads"
     result = {
         "command": "python -m bench.growth",
-        "what": f"training step, batch {BATCH}, {HORIZON} steps ahead, published loss, {THREADS} threads",
+        "what": {"models": f"{step}, batch 8", "as compared": f"{step}, batch 32"},
         "versions": {package: version(package) for package in ("mini_impl", "torch")},
         "models": models,
+        "as compared": as_compared,
     }
     write_bytes(RESULT, (json.dumps(result, indent=1) + "\n").encode())
 
