@@ -1,8 +1,8 @@
 """The five forecasters compared: book/results/forecasters.json, which the page of that name reads.
 
 The learning rate is chosen with one seed, for each model and data set by its validation part; then every row has three
-seeds. Seconds of a row on one core (Auckland, ETTh1): DLinear 5, 3; PatchTST 100, 60; iTransformer 90, 40; TimesNet 190,
-120; TimeXer 250, 120. ETTh1 is downloaded, or where MINI_IMPL_DATA says.
+seeds. Seconds of a row on one core (Auckland, ETTh1): DLinear 5, 3; PatchTST 100, 60; iTransformer 90, 40; TimesNet
+190, 120; TimeXer 250, 120; four hours in all. ETTh1 is downloaded, or where MINI_IMPL_DATA says.
 """
 
 import functools
