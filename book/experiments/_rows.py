@@ -18,9 +18,21 @@ from tqdm import tqdm
 
 import mini_impl
 from mini_impl.checkpoint import write_bytes
+from mini_impl.forecasting.data import Windows
 
 RESULTS = Path(__file__).parents[1] / "results"
 VERSIONS = {"mini_impl": mini_impl.__version__, "torch": torch.__version__}
+
+
+class Thinned(Windows):
+    """Every n-th window of a part."""
+
+    def __init__(self, windows: Windows, every: int):
+        super().__init__(windows.values, *windows.form, windows.origin)
+        self._histories, self._targets = self._histories[::every], self._targets[::every]
+
+    def to(self, device):
+        return self
 
 
 def compute(name: str, function: Callable[..., dict], arguments: dict[str, dict], jobs: int | None = None) -> dict:

@@ -15,7 +15,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from _rows import compute
+from _rows import Thinned, compute
 from torch import Tensor, nn
 
 from mini_impl.forecasting.data import Windows, load_auckland, prepare
@@ -36,17 +36,6 @@ SMALL = {"width": 64, "heads": 8, "layers": 2, "feed_forward_width": 64}
 @functools.cache
 def parts() -> tuple[Windows, Windows, Windows]:
     return prepare(load_auckland(), SPLIT, 96, 96)[:3]
-
-
-class Thinned(Windows):
-    """Every n-th window of a part."""
-
-    def __init__(self, windows: Windows, every: int):
-        super().__init__(windows.values, *windows.form, windows.origin)
-        self._histories, self._targets = self._histories[::every], self._targets[::every]
-
-    def to(self, device):
-        return self
 
 
 def only(windows: Windows, variables: list[int]) -> Windows:

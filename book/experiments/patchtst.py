@@ -12,7 +12,7 @@ import functools
 from pathlib import Path
 
 import torch
-from _rows import compute
+from _rows import Thinned, compute
 from safetensors.torch import load_file, save
 
 from mini_impl.checkpoint import write_bytes
@@ -99,17 +99,6 @@ def spread(
         "KL rows": kl(maps),
         "map": [[round(x, 3) for x in row] for row in shown.tolist()] if seed == 0 else None,
     }
-
-
-class Thinned(Windows):
-    """Every n-th window of a part."""
-
-    def __init__(self, windows: Windows, every: int):
-        super().__init__(windows.values, *windows.form, windows.origin)
-        self._histories, self._targets = self._histories[::every], self._targets[::every]
-
-    def to(self, device):
-        return self
 
 
 def pretrained(seed: int) -> MaskedPatchTST:

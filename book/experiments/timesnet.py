@@ -13,7 +13,7 @@ from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
-from _rows import compute
+from _rows import Thinned, compute
 from torch import nn
 
 from mini_impl.forecasting.data import ETT_SPLIT, Windows, download_ett, load_auckland, load_csv, prepare
@@ -36,17 +36,6 @@ FULL = {"width": 16, "feed_forward_width": 32, "layers": 2, "top_k": 5, "dropout
 EPOCHS = {3: 7, 5: 12}  # of Auckland, on every n-th window
 HOW = {"patience": 12, "learning_rate": 1e-2}
 HOW_FULL = {"epochs": 5, "patience": 5, "learning_rate": 1e-3}
-
-
-class Thinned(Windows):
-    """Every n-th window of a part."""
-
-    def __init__(self, windows: Windows, every: int):
-        super().__init__(windows.values, *windows.form, windows.origin)
-        self._histories, self._targets = self._histories[::every], self._targets[::every]
-
-    def to(self, device):
-        return self
 
 
 @functools.cache
