@@ -1,7 +1,7 @@
 """Trainings that take minutes or hours, each of them one command `mini-impl`; `make reproduce` runs this.
 
-It writes book/results/etth1.json, figures of the literature; terms.json: does a documented term pay?; finetuning.json,
-the ways of fine-tuning the tiny model; and smollm2.json, the real one, where `make real-model` has installed it.
+It writes book/results/etth1.json, figures of the literature; terms.json: does a documented term pay?; and smollm2.json,
+the real language model fine-tuned, where `make real-model` has installed it.
 What is finished is kept under _build/reproduce, one file a run, and an interrupted training goes on from its last
 epoch: stop this with Ctrl-C whenever you like and start it again. ETTh1 is downloaded, or where MINI_IMPL_DATA says.
 """
@@ -96,33 +96,6 @@ TERMS = {
 }
 SEEDS = (0, 1, 2)
 
-# The tiny model on the sums that it fails on: of each method its runs, their settings and about how many seconds each.
-# A step has 256 sequences. Where answers are sampled, each rollout serves two updates: so RL makes 200 updates, as the
-# documented DAPO does.
-LORA = "--lora-rank 8 --learning-rate 0.01 --steps 400 --measure-every 80"
-ROLLOUTS = "--learning-rate 0.001 --steps 100 --measure-every 20 --set num_iterations=2"
-FINETUNING = {
-    "sft": {
-        "documented": (f"--loss documented {LORA}", 30),
-        "published": (f"--loss published {LORA}", 30),
-        "documented, all kinds": (f"--loss documented {LORA} --all-kinds", 30),
-    },
-    "grpo": {
-        "documented": (f"--loss documented {ROLLOUTS} --set weights=documented", 15),
-        "corrected": (f"--loss documented {ROLLOUTS} --set weights=corrected", 15),
-        "contrastive": (f"--loss documented {ROLLOUTS} --set weights=contrastive", 15),
-        "published": (f"--loss published {ROLLOUTS}", 15),
-    },
-    "dapo": {
-        "documented": ("--loss documented --learning-rate 0.001 --steps 200 --measure-every 40", 25),
-        "documented, all kinds": (
-            "--loss documented --learning-rate 0.001 --steps 200 --measure-every 40 --all-kinds",
-            25,
-        ),
-        "published": (f"--loss published {ROLLOUTS}", 20),
-    },
-}
-FINETUNING_SEEDS = (0, 1, 2, 3, 4)
 # The real model.
 SMOLLM2 = {
     "sft": {"facts": ("--task facts --lora-rank 8 --learning-rate 0.005 --steps 40 --set sequences=4", 80)},
@@ -149,11 +122,6 @@ def all_runs() -> list[Run]:
                 arguments = f"forecast {model} --history 96 --horizon 96 --loss {loss} --seed {seed} {HOW}"
                 words = (*arguments.split(), *terms.settings.split())
                 runs.append(Run("terms", model, label, words, terms.seconds))
-    for method, ways in FINETUNING.items():
-        for label, (settings, seconds) in ways.items():
-            for seed in FINETUNING_SEEDS:
-                arguments = f"finetune {method} {settings} --seed {seed}"
-                runs.append(Run("finetuning", method, label, tuple(arguments.split()), seconds))
     for method, ways in SMOLLM2.items() if real_model() else ():
         for label, (settings, seconds) in ways.items():
             arguments = f"finetune {method} --model smollm2 {settings} --seed 0"
@@ -308,7 +276,7 @@ def write_results(part: str) -> None:
             for run in own:
                 finished[model][run.label].append(read(run))
     if finished:
-        make = {"etth1": whole_results, "terms": short_results, "finetuning": tuned_results, "smollm2": tuned_results}
+        make = {"etth1": whole_results, "terms": short_results, "smollm2": tuned_results}
         content = make[part](models, finished, old)
         write_bytes(file, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 

@@ -18,7 +18,10 @@ ADDRESS = "https://github.com/example/book"
 BASE = "https://example.org/book/"
 LANGUAGES = ("en", "zh")
 # The pages in the form that DLinear has.
-REWRITTEN = ("dlinear", "attention", "patchtst", "itransformer", "timesnet", "timexer")
+REWRITTEN = (
+    *("dlinear", "attention", "patchtst", "itransformer", "timesnet", "timexer"),
+    *("language_model", "sft", "policy_gradient", "grpo", "dapo"),
+)
 PHONE = {"width": 390, "height": 844}
 DESK = {"width": 1280, "height": 900}
 STRICT = ("-W", "-n", "--keep-going")

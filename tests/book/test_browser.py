@@ -140,7 +140,7 @@ ENGLISH_WORDS = """
 """
 
 
-MODELS = {"DLinear", "PatchTST", "iTransformer", "TimesNet", "TimeXer"}  # that have a chapter
+MODELS = {"DLinear", "PatchTST", "iTransformer", "TimesNet", "TimeXer", "SFT", "GRPO", "DAPO"}  # that have a chapter
 
 
 def test_chinese_pages_hold_no_english_but_names(visit):

@@ -91,19 +91,6 @@ def test_every_command_of_the_table_is_one_that_the_program_takes(reproduce):
         assert (options.ett, options.history, options.horizon) == ("ETTh1" if run.part == "etth1" else None, 96, 96)
 
 
-def test_the_methods_make_as_many_updates_of_as_many_sequences(reproduce):
-    """But for SFT, whose mark is another; and five seeds each."""
-    work, seeds = set(), {}
-    for run in (run for run in reproduce.all_runs() if run.part == "finetuning"):
-        options = reproduce.options(run)
-        seeds.setdefault((run.model, run.label), []).append(options.seed)
-        given = choose_settings("--set", options.set, METHODS[options.method, options.loss])
-        sequences = given.get("sequences") or given["prompts"] * given["group_size"]
-        if run.model != "sft":
-            work.add((options.steps * given.get("num_iterations", 1), sequences))
-    assert work == {(200, 256)} and set(map(tuple, seeds.values())) == {(0, 1, 2, 3, 4)}
-
-
 def test_curves_are_kept_in_ten_parts(reproduce):
     result = {"versions": {}, "seconds": 1.0, "curves": {"long": list(range(20)), "short": [1, 2]}}
     expected = {"long": [0.5 + 2 * i for i in range(10)], "short": [1.0, 2.0]}

@@ -184,6 +184,7 @@ LATIN = {
     "LoRA",
     "PEFT",
     "KL",
+    "AUC",
     "SGD",
     "Adam",
     "ETTh",
