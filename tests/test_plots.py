@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 import struct
 import sys
 import warnings
@@ -322,3 +323,16 @@ def test_without_ipywidgets_it_is_missing_by_name(monkeypatch):
 def test_a_name_that_begins_with_a_number_is_no_number():
     shown = plots.table([["45 Queen Street", "12 %"], ["8 题", "1.5e-05 (1–2)"]], ["sensor", "share"])
     assert shown.right == [False, True]
+
+
+def test_a_picture_is_short_and_every_part_that_it_refers_to_is_there():
+    figure, axes = plots.figure()
+    axes.plot([1, 2, 3], [1, 4, 9], label="a word, $\\lambda_1$")
+    axes.legend()
+    drawn = plots.svg(figure).decode()
+    names, used = re.findall(r' id="([^"]*)"', drawn), set(re.findall(r'(?:href="|url\()#([^")]*)', drawn))
+    assert set(names) == used and len(names) == len(used)
+    assert not re.search(r' d="[^"]+" transform="scale\(0\.015625\)"', drawn) and "scale(0.25)" in drawn
+    whole = io.BytesIO()
+    figure.savefig(whole, format="svg")
+    assert len(drawn) < 0.7 * len(whole.getvalue())

@@ -278,6 +278,7 @@ SOURCES = (
     r"https://arxiv\.org/abs/\d{4}\.\d{4,5}",
     r"https://doi\.org/10\.\d{4,}/\S+",
     r"https://github\.com/[\w.-]+/[\w.-]+(/\S+)?",
+    r"https://www\.jmlr\.org/papers/v\d+/\w+\.html",
     r"https://proceedings\.mlr\.press/v\d+/\w+\.html",
     r"https://creativecommons\.org/licenses/\S+",
 )
