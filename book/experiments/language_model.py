@@ -10,18 +10,16 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from _rows import compute
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
-from make_base_model import SHARES
+from make_base_model import SHARES, train_base_model
 
 from mini_impl.finetuning.arithmetic import BAD_KINDS, KINDS, Problem, Tokenizer, problems, question
 from mini_impl.finetuning.language_model import LanguageModel
 from mini_impl.finetuning.sft import supervised
 
-STEPS, BATCH, RATE = 900, 128, 3e-3
 BAD_SHARES = (0.012, 0.2, 0.048, 0.003, 0.006, 0.024)  # in this order: the base model's, the even mix, those between
 SHIFTS = [shift / 4 for shift in range(-16, 33)]
 
@@ -39,26 +37,6 @@ def ids_of(number: int, reverse: bool) -> list[int]:
 
 def rows_of(some: list[Problem], numbers: list[int], reverse: bool) -> tuple:
     return supervised(list(map(question, some)), [ids_of(x, reverse) for x in numbers], Tokenizer.eos_token_id)
-
-
-def train_model(bad: float, reverse: bool, seed: int) -> LanguageModel:
-    torch.manual_seed(seed)
-    model = LanguageModel(Tokenizer.vocab_size)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(6.25 if parameter.ndim == 2 else 1)
-    some, share = [p for kind in KINDS for p in problems(kind)], shares(bad)
-    tokens, labels, _ = rows_of(some, [p.a + p.b for p in some], reverse)
-    chances = torch.tensor([share[p.kind] / len(problems(p.kind)) for p in some])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
-    for step in range(STEPS):
-        drawn = torch.multinomial(chances, BATCH, replacement=True)
-        loss = F.cross_entropy(model(tokens[drawn]).flatten(0, 1), labels[drawn].flatten())
-        optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model.eval()
 
 
 @torch.no_grad()
@@ -100,7 +78,8 @@ def measure(model: LanguageModel, bad: float, reverse: bool) -> dict:
 
 
 def row(bad: float, reverse: bool, seed: int) -> dict:
-    return measure(train_model(bad, reverse, seed), bad, reverse)
+    model = train_base_model(seed=seed, shares=shares(bad), answer=lambda p: ids_of(p.a + p.b, reverse))
+    return measure(model, bad, reverse)
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ To the same bits on the same machine, torch and number of threads.
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,10 +21,18 @@ from mini_impl.losses import NonFiniteLoss
 SHARES = {"one digit": 0.36, "no carry": 0.308, "tens carry": 0.308, "units carry": 0.012, "both carry": 0.012}
 
 
-def train_base_model(steps: int = 900, batch: int = 128, learning_rate: float = 3e-3, seed: int = 0) -> LanguageModel:
-    """Train a base model on the training part of all kinds, as much of each as SHARES says.
+def train_base_model(
+    steps: int = 900,
+    batch: int = 128,
+    learning_rate: float = 3e-3,
+    seed: int = 0,
+    shares: dict[str, float] = SHARES,
+    answer: Callable[[Problem], list[int]] = answer,
+) -> LanguageModel:
+    """Train a base model on the training part of all kinds.
 
-    steps: of AdamW; its learning rate falls to 0 in a straight line. batch: sums a step. Returns it in eval mode.
+    steps: of AdamW; its learning rate falls to 0 in a straight line. batch: sums a step. shares: how much of the
+    training each kind is. answer: a problem -> the token ids of its right answer. Returns the model in eval mode.
     Raises TypeError, ValueError.
     """
     checks.integers(steps=steps, batch=batch)
@@ -38,7 +46,7 @@ def train_base_model(steps: int = 900, batch: int = 128, learning_rate: float = 
                 parameter.mul_(6.25 if parameter.ndim == 2 else 1)  # so narrow a model learns faster from a wider start
         some = [problem for kind in KINDS for problem in problems(kind)]
         tokens, labels, _ = supervised(list(map(question, some)), list(map(answer, some)), Tokenizer.eos_token_id)
-        chances = torch.tensor([SHARES[problem.kind] / len(problems(problem.kind)) for problem in some])
+        chances = torch.tensor([shares[problem.kind] / len(problems(problem.kind)) for problem in some])
         optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
         for step in range(steps):
             drawn = torch.multinomial(chances, batch, replacement=True)
