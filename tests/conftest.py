@@ -1,5 +1,7 @@
 """What holds for every test."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
@@ -9,6 +11,10 @@ from mini_impl import language
 # No time limit an example, since tests share their cores; the same examples in every run, so that green stays green.
 settings.register_profile("book", deadline=None, derandomize=True)
 settings.load_profile("book")
+
+# Without a GPU Triton interprets kernels. It looks when it is imported, and several libraries import it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 GPUS = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
 

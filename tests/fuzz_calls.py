@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mini_impl import checkpoint, checks, forecasting, language, losses, plots, results, settings, table
+from mini_impl import checkpoint, checks, faster, forecasting, language, losses, plots, results, settings, table
 from mini_impl.finetuning import arithmetic, dapo, grpo, head, language_model, policy, sampling, sft, tasks, train
 from mini_impl.finetuning.methods import METHODS
 from mini_impl.forecasting import (
@@ -26,6 +26,7 @@ from mini_impl.forecasting import (
     timesnet,
 )
 from mini_impl.forecasting import train as training
+from mini_impl.kernels import clipped_loss, decomposition, logprob
 
 FOLDER = Path(tempfile.mkdtemp())
 F32 = torch.float32
@@ -438,6 +439,16 @@ CALLS = {
     ),
     "plots.figure": lambda: (plots.figure, {"width": 3.0, "height": 2.0}),
     "plots.curves": lambda: (plots.curves, {"axes": plots.figure()[1], "values": {"a": [1.0, 2.0]}, "steps": [0, 1]}),
+    "faster.faster": lambda: (faster.faster, {"function": nn.Linear(3, 2), "compile": False, "precision": "bf16"}),
+    "kernels.clipped_loss.clipped_loss": lambda: (
+        clipped_loss.clipped_loss,
+        {"logprobs": logs(4, 3), "old_logprobs": logs(4, 3), "advantages": draw(4), "mask": yes(4, 3)},
+    ),
+    "kernels.decomposition.decompose": lambda: (decomposition.decompose, {"series": draw(2, 9, 3), "kernel_size": 3}),
+    "kernels.logprob.token_logprobs": lambda: (
+        logprob.token_logprobs,
+        {"logits": draw(2, 3, 5), "tokens": ids(5, 2, 3), "temperature": 0.7},
+    ),
     "results.load": lambda: (results.load, {"name": "etth1"}),
     "settings.choose_settings": lambda: (
         settings.choose_settings,
@@ -477,9 +488,11 @@ SKIPPED = {
     "finetuning.smollm2.download_smollm2": "",
     "finetuning.smollm2.load_tokenizer": "",
     "forecasting.data.download_ett": "the network",
+    "kernels.wanted": "asks the environment and the card, not its arguments",
     "losses.LossTerms.values": "takes nothing; every loss is asked for its values here",
     "plots.show": "needs a notebook",
     "plots.slider": "needs a notebook",
+    "workers.begin": "the other processes; tests/test_workers.py starts them",
 }
 # Infinity is what these say of what cannot be; `patches` only rearranges what it is given.
 INFINITE = {"finetuning.sampling.truncate", "finetuning.sampling.score", "finetuning.policy.token_logprobs"}

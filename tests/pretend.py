@@ -94,6 +94,9 @@ class PretendTensor(Tensor):
         _add("tolist")
         return self.held.tolist()
 
+    def __format__(self, how: str) -> str:  # torch does so for tensors that are of no class of their own
+        return format(self.item() if self.ndim == 0 else repr(self), how)
+
     def __repr__(self) -> str:
         return f"PretendTensor({self.held})"
 
@@ -120,7 +123,7 @@ class _Numbers(TorchFunctionMode):
             return args[0].held.new_tensor(*args[1:], **kwargs).to(CLAIMED)
         if function in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[0], PretendTensor):
             places = args[1] if isinstance(args[1], tuple) else (args[1],)
-            places = tuple(torch.tensor(place) if isinstance(place, list) else place for place in places)
+            places = tuple(torch.tensor(place) if isinstance(place, (list, tuple)) else place for place in places)
             args = (args[0], places, *args[2:])
         return function(*args, **kwargs)
 
@@ -154,7 +157,11 @@ def _run(operation, args: tuple, kwargs: dict):
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
     if len(changed) == 1:  # what an operation changes in place it returns: the very tensor that came in
-        return changed[0]
+        (tensor,) = changed
+        if tensor.shape != tensor.held.shape:  # squeeze_ and the like change what it says of itself, too
+            with torch._C._DisableTorchDispatch():
+                tensor.as_strided_(tensor.held.shape, tensor.held.stride(), tensor.held.storage_offset())
+        return tensor
     return tree_map(lambda value: PretendTensor(value) if isinstance(value, Tensor) else value, result)
 
 

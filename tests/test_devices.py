@@ -15,6 +15,7 @@ from mini_impl.finetuning.tasks import sums
 from mini_impl.finetuning.train import fine_tune
 from mini_impl.forecasting import FORECASTERS, loss_of
 from mini_impl.forecasting.data import Windows
+from mini_impl.forecasting.layers import Dropout
 from mini_impl.forecasting.patchtst import MaskedPatchTST, masked_loss
 from mini_impl.forecasting.train import fit
 from tests import pretend
@@ -111,6 +112,14 @@ def small(name: str, variant: str = "published") -> torch.nn.Module:
     torch.manual_seed(0)
     needs = make.documented_needs if variant == "documented" else {}
     return make(**SIZES, **SMALL.get(name, {}), **needs)
+
+
+def without_dropout(model: torch.nn.Module) -> torch.nn.Module:
+    """The model, which then computes the same whoever draws the random numbers."""
+    for part in model.modules():
+        if isinstance(part, Dropout):
+            part.rate = 0.0
+    return model
 
 
 def windows(rows: int, seed: int) -> Windows:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+from mini_impl import workers
 from mini_impl.finetuning import tasks
 from mini_impl.finetuning.language_model import LanguageModel, save_language_model
 from mini_impl.finetuning.methods import METHODS
@@ -23,6 +24,8 @@ HOW = {  # arguments of `fine_tune` that are options here
     "measure_every": "steps between measures on held-out problems; without it: before and after",
     "questions": "held-out problems of each kind",
     "seed": "of everything that is drawn",
+    "compile": "have torch.compile write code for the model, which takes up to a minute",
+    "precision": "float32, or bf16: the model's products in bfloat16",
 }
 
 
@@ -65,10 +68,10 @@ def run(options: argparse.Namespace) -> dict:
     training = fine_tune(model, make_method(task, **settings), **how)
     trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     counts = {"all": sum(parameter.numel() for parameter in model.parameters()), "trained": sum(trained)}
-    if options.adapter is not None:
+    if options.adapter is not None and workers.number() == 0:
         save_adapter(model, options.adapter)
     merged = {"merged": accuracy(merge_and_unload(model), task, options.questions)} if options.lora_rank else {}
-    if options.save is not None:
+    if options.save is not None and workers.number() == 0:
         model.tokenizer = options.model
         save_language_model(model, options.save)
     return {

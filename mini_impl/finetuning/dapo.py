@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mini_impl import checks
-from mini_impl.finetuning.policy import _check_answers, _token_loss, _token_weights
+from mini_impl.finetuning.policy import _check_answers, _clipped_loss
 from mini_impl.losses import LossTerms, NonFiniteLoss, _kl_from_uniform, _probabilities, kl_from_uniform
 
 # === the documented method ============================================================================================
@@ -360,8 +360,7 @@ def published_loss(
     Raises TypeError, ValueError, NonFiniteLoss. Source: the paper, equations 8 and 12.
     """
     kept, log_ratio = _check_answers(mask, advantages, clip_low, clip_high, logprobs, old_logprobs)
-    weights = _token_weights(kept, "token", None, logprobs.dtype)  # [sequence, token]
-    return LossTerms.of(policy=(weights * _token_loss(log_ratio, advantages, clip_low, clip_high)).sum())
+    return LossTerms.of(policy=_clipped_loss(log_ratio, advantages, kept, clip_low, clip_high, "token", None))
 
 
 # --- 3.2: dynamic sampling --------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mini_impl import checks
-from mini_impl.finetuning.policy import _check_answers, _check_reduction, _kl_k3, _token_loss, _token_weights
+from mini_impl.finetuning.policy import _check_answers, _check_reduction, _clipped_loss, _kl_k3, _token_weights
 from mini_impl.losses import LossTerms, NonFiniteLoss
 
 # --- the documented method --------------------------------------------------------------------------------------------
@@ -175,10 +175,10 @@ def published_loss(
     ref = {} if ref_logprobs is None else {"ref_logprobs": ref_logprobs}
     kept, log_ratio = _check_answers(mask, advantages, clip_low, clip_high, logprobs, old_logprobs, **ref)
     _check_reduction("reduce_by", reduce_by, max_length, kept)
-    weights = _token_weights(kept, reduce_by, max_length, logprobs.dtype)  # [sequence, token]
-    terms = {"policy": (weights * _token_loss(log_ratio, advantages, clip_low, clip_high)).sum()}
+    terms = {"policy": _clipped_loss(log_ratio, advantages, kept, clip_low, clip_high, reduce_by, max_length)}
     if ref_logprobs is not None:
         difference = (ref_logprobs.detach() - logprobs).where(kept, 0)
         k3 = _kl_k3(difference, log_ratio if kl_gradient == "weighted" else None)
+        weights = _token_weights(kept, reduce_by, max_length, logprobs.dtype)  # [sequence, token]
         terms["kl"] = kl_weight * (weights * k3).sum()
     return LossTerms.of(**terms)

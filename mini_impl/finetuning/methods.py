@@ -9,13 +9,14 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mini_impl import checks
+from mini_impl import checks, workers
 from mini_impl.finetuning import dapo, grpo, sft
 from mini_impl.finetuning.head import _head_logprobs
 from mini_impl.finetuning.language_model import LanguageModel
@@ -58,12 +59,30 @@ def sample(
 
 
 def _answer(model: LanguageModel, task: Task, problems: Sequence, temperature: float, seed: int) -> Rollout:
-    prompts, longest, eos_token_id = (
-        list(map(task.question, problems)),
+    """An answer to each problem. Several workers answer a part each, and then have all."""
+    own = workers.rows(len(problems))
+    part = generate(
+        model,
+        [task.question(problem) for problem in problems[own]],
         task.max_new_tokens,
         task.tokenizer.eos_token_id,
+        temperature=temperature,
+        seed=seed,
+        rows=range(len(problems))[own],
     )
-    return generate(model, prompts, longest, eos_token_id, temperature=temperature, seed=seed)
+    if workers.count() == 1 or len(part.prompt) == len(problems):
+        return part
+    device = part.prompt.device
+    return Rollout(*(field.to(device) for field in join(workers.collect(Rollout(*(x.cpu() for x in part))))))
+
+
+def _score_shared(
+    model: LanguageModel, rollout: Rollout, temperature: float = 1.0, padded: bool | None = None
+) -> Tensor:
+    """log p of every token of the completions, [sequence, token]. Several workers score a part each: see `whole`."""
+    total = len(rollout.completion)
+    own = workers.rows(total)
+    return workers.whole(_score(model, Rollout(*(field[own] for field in rollout)), temperature, padded=padded), total)
 
 
 def split(rollout: Rollout, group_size: int) -> list[Rollout]:
@@ -99,6 +118,9 @@ class Method(ABC):
     """
 
     task: Task = field(repr=False)
+
+    shared: ClassVar[bool] = True  # whether several workers each compute a part of an update
+    second_derivative: ClassVar[bool] = False  # whether the loss holds a gradient
 
     def __post_init__(self):
         kinds = dict.fromkeys(self.task.trained_kinds)
@@ -154,8 +176,10 @@ class DocumentedSFT(Method):
     def updates(self, model, ref_model, stream):
         kinds = stream.kinds(self.task, self.sequences)
         tokens, labels, attention_mask = _right_answers(self.task, kinds, stream, model)
-        hidden, kept = model.hidden(tokens, attention_mask), labels >= 0
-        logprobs = _head_logprobs(hidden, model.embedding.weight, labels.clamp(min=0))  # [sequence, time]
+        kept, own = labels >= 0, workers.rows(len(labels))
+        hidden = model.hidden(tokens[own], attention_mask[own])
+        logprobs = _head_logprobs(hidden, model.embedding.weight, labels[own].clamp(min=0))
+        logprobs = workers.whole(logprobs, len(labels))  # [sequence, time]
         yield self.loss(-logprobs.where(kept, 0), kept), {}
 
 
@@ -192,6 +216,11 @@ class DocumentedDAPO(Method):
     sampling_penalty_weight: float = 0.01
     quantile: float = 0.99
     adaptive_clip: bool = False
+
+    shared: ClassVar[bool] = (
+        False  # its penalties are of the gradient of the whole batch: each worker computes all of it
+    )
+    second_derivative: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -314,10 +343,10 @@ class RewardMethod(Method):
             kinds = stream.source.choices(others, k=self.replay)
             replayed = _answer(ref_model, self.task, stream.problems(self.task, kinds), temperature=0.0, seed=0)
         for _ in range(self.num_iterations):
-            logprobs = _score(model, rollout, self.temperature, padded=padded)
+            logprobs = _score_shared(model, rollout, self.temperature, padded)
             terms = loss(logprobs)
             if self.replay:
-                cross_entropy = -_score(model, replayed, padded=True).sum() / replayed.mask.sum()
+                cross_entropy = -_score_shared(model, replayed, padded=True).sum() / replayed.mask.sum()
                 terms = LossTerms.of(**terms.terms, replay=self.replay_weight * cross_entropy)
             yield terms, metrics
 
@@ -386,7 +415,7 @@ class PublishedGRPO(RewardMethod):
         dr = self.reduce_by == "length"  # Dr. GRPO
         gained = advantages(rewards, scale=not dr).flatten().to(rollout.logprobs.device)  # [sequence]
         with torch.no_grad():
-            reference = _score(ref_model, rollout, self.temperature) if self.kl_weight else None  # [sequence, token]
+            reference = _score_shared(ref_model, rollout, self.temperature) if self.kl_weight else None
 
         def loss(logprobs: Tensor) -> LossTerms:
             return grpo.published_loss(

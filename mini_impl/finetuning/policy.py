@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mini_impl import checks
+from mini_impl.kernels import clipped_loss, logprob, on_gpu
 from mini_impl.losses import NonFiniteLoss
 
 # --- log-probabilities of the chosen tokens ---------------------------------------------------------------------------
@@ -35,6 +36,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     return logprobs
 
 
+@on_gpu(logprob.token_logprobs_as_torch, logprob.LEAST)
 def _token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     flat = logits.reshape(-1, logits.shape[-1])
     return -F.cross_entropy(flat, tokens.reshape(-1).long(), reduction="none").view(tokens.shape)
@@ -221,6 +223,13 @@ def _token_weights(kept: Tensor, by: str, max_length: int | None, dtype: torch.d
     else:
         count = kept.sum() if by == "token" else len(kept) * max_length
     return kept.to(dtype) / count
+
+
+@on_gpu(clipped_loss.clipped_loss_as_torch, clipped_loss.LEAST)
+def _clipped_loss(log_ratio, advantages, kept, clip_low, clip_high, by, max_length) -> Tensor:
+    """The mean of token_loss by these weights, a scalar: the published losses of GRPO and DAPO, without their KL."""
+    weights = _token_weights(kept, by, max_length, log_ratio.dtype)  # [sequence, token]
+    return (weights * _token_loss(log_ratio, advantages, clip_low, clip_high)).sum()
 
 
 def _check_reduction(name: str, by: str, max_length: int | None, mask: Tensor) -> None:

@@ -4,14 +4,18 @@ import copy
 import hashlib
 import random
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from mini_impl import checks
+from mini_impl import checks, workers
 from mini_impl.checkpoint import Run, located, note, progress_bar, trained_parameters
-from mini_impl.finetuning.language_model import LanguageModel
+from mini_impl.faster import adam, faster
+from mini_impl.finetuning.language_model import Cache, LanguageModel
 from mini_impl.finetuning.methods import Method, Stream, sample
 from mini_impl.finetuning.sampling import completion_logits
 from mini_impl.finetuning.tasks import Task
@@ -91,6 +95,8 @@ def fine_tune(
     questions: int = 200,
     seed: int = 0,
     device: str | torch.device | None = None,
+    compile: bool = False,
+    precision: str = "float32",
     checkpoint: Path | str | None = None,
     save_every: int | None = None,
     progress: bool | None = None,
@@ -104,10 +110,15 @@ def fine_tune(
     max_grad_norm: a longer gradient, over all parameters, is shortened to this norm.
     measure_every: steps between measures on held-out problems, `questions` of each kind; None: before and after only.
     seed: of everything that is drawn.
+    compile: have torch.compile write code for the model's blocks, which takes up to a minute; not for a method that
+        differentiates twice. precision: "bf16" computes their products in bfloat16 in every update, and the rest, the
+        head and sampling too, in float32: see `faster`. What was sampled then differs a little from what is scored.
     checkpoint: a file that is replaced at every measure, after every `save_every` steps, and when SIGTERM or Ctrl-C
         ends the training. If it is there already, the training goes on from it and ends as it would have without the
         break, on the CPU with the same bits. Only `steps` may change in between, upwards.
     progress: show a progress bar; None: if there is a terminal.
+    Under `torchrun` or `accelerate launch` several workers share the answers of each step, those that are sampled and
+    those that are learnt from, and take the steps of one: see `workers`.
     Raises TypeError, ValueError; NonFiniteLoss with the step if a term of the loss or the gradient is NaN or infinite;
     BlockingIOError while another training has the checkpoint.
     """
@@ -117,9 +128,12 @@ def fine_tune(
     checks.number("learning_rate", learning_rate, above=0, most=1e36)
     checks.positive(max_grad_norm=max_grad_norm)
     checks.instance("method", method, Method, "one of METHODS, made with a task")
-    trained = trained_parameters(model, device)
+    if compile and method.second_derivative:
+        raise ValueError(f"compile=True has no second derivative, which {type(method).__name__} takes; leave it out")
+    trained = trained_parameters(model, workers.place(device))
+    workers.begin(model)
     ref_model = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.Adam(trained.values(), lr=learning_rate)
+    optimizer = adam(trained.values(), learning_rate, precision)
     method.begin(seed)
 
     terms: dict[str, list[float]] = {}
@@ -136,6 +150,8 @@ def fine_tune(
         "measure_every": measure_every,
         "questions": questions,
         "seed": seed,
+        "compile": compile,
+        "precision": precision,
     }
 
     def snapshot() -> tuple[dict, dict]:
@@ -155,10 +171,12 @@ def fine_tune(
 
         for step in progress_bar(range(done, steps), type(method).__name__, progress, initial=done, total=steps):
             before = time.perf_counter()
-            with located(f"at step {step + 1}"):
+            with located(f"at step {step + 1}"), _blocks_faster((model, ref_model), compile, precision):
                 for loss, said in method.updates(model, ref_model, Stream(seed, step)):
                     optimizer.zero_grad()
                     loss.total.backward()
+                    if method.shared:
+                        workers.add_up_gradients(trained.values())
                     norm = method.clip(list(trained.values()), max_grad_norm)
                     note(terms, loss.values())  # here the host waits for the device; NaN gets no further
                     checks.look(checks.finite("the norm of the gradient", norm, NonFiniteLoss))
@@ -172,6 +190,28 @@ def fine_tune(
             run.step(done, snapshot, due)
     model.eval()
     return FineTuning(terms, metrics, measures, seconds)
+
+
+@contextmanager
+def _blocks_faster(models: Sequence[LanguageModel], compile: bool, precision: str) -> Iterator[None]:
+    """While it lasts, the blocks of the models are computed as `faster` says; with a cache, for sampling, as before."""
+    if not compile and precision == "float32":
+        yield
+        return
+    for model in models:
+        model._hidden = _faster_without_cache(model._hidden, faster(model._hidden, compile, precision))
+    try:
+        yield
+    finally:
+        for model in models:
+            del model._hidden  # what hid the method of the class
+
+
+def _faster_without_cache(plain: Callable, fast: Callable) -> Callable:
+    def hidden(tokens: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        return fast(tokens, attention_mask) if cache is None else plain(tokens, attention_mask, cache)
+
+    return hidden
 
 
 def _describe_task(task: Task) -> dict:

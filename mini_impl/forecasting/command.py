@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mini_impl import workers
 from mini_impl.forecasting import FORECASTERS, loss_of
 from mini_impl.forecasting.baselines import repeat_season
 from mini_impl.forecasting.data import (
@@ -31,6 +32,8 @@ HOW = {  # arguments of `fit` that are options here
     "learning_rate": "of the first step; it falls to a hundredth as the steps are done",
     "patience": "epochs without a new best before it stops; without it: 3, or 3 of every 10",
     "seed": "of the first weights and of the order of the windows",
+    "compile": "have torch.compile write code for the model, which takes up to a minute",
+    "precision": "float32, or bf16: the model's products in bfloat16",
 }
 SHOWN = 10  # variables in the table of errors
 
@@ -83,7 +86,7 @@ def run(options: argparse.Namespace) -> dict:
         torch.manual_seed(options.seed)  # the same head, however much of the pre-training was done before
         model = PatchTST.from_masked(masked, options.horizon, **more)
     training = fit(model, train, validation, functools.partial(loss, **weights), **how)
-    if options.save is not None:
+    if options.save is not None and workers.number() == 0:
         model.save(options.save)
     naive = {"last value": _naive(test, period=1), f"last {period} steps again": _naive(test, period)}
     forecasts = {options.model: model, **naive}

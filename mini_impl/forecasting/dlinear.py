@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from mini_impl import checks
 from mini_impl.forecasting.forecaster import Forecaster
 from mini_impl.forecasting.layers import averaging_matrix, moving_average
+from mini_impl.kernels import decomposition, on_gpu
 from mini_impl.losses import LossTerms
 
 
+@on_gpu(decomposition.decompose, decomposition.LEAST)
 def decompose(series: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:
     """Split a series into its moving average and the rest: x = t + s.
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mini_impl import checks
+from mini_impl import checks, workers
 from mini_impl.forecasting.data import Windows
 from mini_impl.forecasting.forecaster import Forecaster
 from mini_impl.forecasting.layers import Dropout, EncoderBlock, denormalise, encode, normalise, patches
@@ -28,7 +28,7 @@ def pad_end(series: Tensor, patch_length: int, stride: int) -> Tensor:
     return torch.cat([series, series[..., -1:].expand(*series.shape[:-1], extra)], dim=-1)
 
 
-class BatchNorm(nn.BatchNorm1d):
+class BatchNorm(workers.BatchNorm1d):
     """For each feature one mean and one variance over all windows, variables and patches of the batch."""
 
     def forward(self, tokens: Tensor) -> Tensor:

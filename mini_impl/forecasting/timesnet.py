@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mini_impl import checks
+from mini_impl import checks, workers
 from mini_impl.forecasting.forecaster import Forecaster
 from mini_impl.forecasting.layers import Dropout, denormalise, normalise, sinusoids
 from mini_impl.losses import LossTerms
@@ -40,7 +40,7 @@ def _strongest(series: Tensor, k: int, per_window: bool) -> tuple[Tensor, Tensor
     """dominant_periods unchecked: features that are NaN, as when training diverges, are for the loss to name."""
     batch, time, _ = series.shape
     amplitude = torch.fft.rfft(series, dim=1).abs().mean(2)[:, 1:]  # [batch, frequency], without 0, the mean
-    strength = amplitude if per_window else amplitude.mean(0)  # [batch, frequency] or [frequency]
+    strength = amplitude if per_window else workers.batch_mean(amplitude)  # [batch, frequency] or [frequency]
     strongest = strength.topk(k).indices  # [batch, k] or [k]
     return time // (strongest + 1), amplitude.gather(1, strongest.expand(batch, k))
 

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mini_impl import checks
+from mini_impl import checks, workers
 from mini_impl.checkpoint import Run, located, note, progress_bar, trained_parameters
+from mini_impl.faster import adam, faster
 from mini_impl.forecasting.data import Windows
 from mini_impl.losses import LossTerms, NonFiniteLoss
 
@@ -109,6 +110,8 @@ def fit(
     seed: int = 0,
     score: Callable[[nn.Module, Windows], float] = forecast_mse,
     device: str | torch.device | None = None,
+    compile: bool = False,
+    precision: str = "float32",
     checkpoint: Path | str | None = None,
     save_every: int | None = None,
     progress: bool | None = None,
@@ -126,6 +129,8 @@ def fit(
         eval mode and without gradients; least is best. As a rule it is the mean squared error of the forecast, whatever
         the loss is, so that losses can be compared; a model that makes no forecast needs another.
     device: where to train; None: where the model is.
+    compile: have torch.compile write code for the model, which takes up to a minute. precision: "bf16" computes the
+        model's products in bfloat16 and the rest in float32: see `faster`. The score is always of the plain model.
     checkpoint: a file that is replaced after every epoch, after every `save_every` steps, and when SIGTERM or Ctrl-C
         ends the training. If it is there already, the training goes on from it and ends as it would have without the
         break, on the CPU with the same bits. Nothing that decides on the result may change in between; of the loss and
@@ -133,6 +138,9 @@ def fit(
     progress: show a progress bar; None: if there is a terminal.
     Parameters that need no gradient stay as they are. What the windows know of their series, `model.origin` says too.
     One thread and two may give other last bits, as sums are split; the same number gives the same bits.
+    Under `torchrun` or `accelerate launch` several workers share each batch, `batch_size` windows in all, and take the
+    steps of one, but for dropout and masks, which each draws for its own windows: see `workers`. The loss must be a
+    mean over windows, as the book's are.
     Raises TypeError, ValueError; NonFiniteLoss with the step and the term if a term of the loss is NaN or infinite, or
     with the epoch if the score is; BlockingIOError while another training has the checkpoint.
     """
@@ -142,10 +150,12 @@ def fit(
     steps = -(-len(train) // batch_size)  # of an epoch
     epochs = checks.integer("epochs", max(10, -(-LEAST_STEPS // steps)) if epochs is None else epochs)
     patience = checks.integer("patience", max(3, epochs * 3 // 10) if patience is None else patience)
-    trained = trained_parameters(model, device)
+    trained = trained_parameters(model, workers.place(device))
+    workers.begin(model)
     device = next(iter(trained.values())).device
     train, validation = train.to(device), validation.to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=float(learning_rate))
+    forward = faster(model, compile, precision)
+    optimizer = adam(model.parameters(), learning_rate, precision)
     if train.origin is not None:
         model.origin = train.origin
 
@@ -166,6 +176,8 @@ def fit(
         "learning_rate": learning_rate,
         "patience": patience,
         "seed": seed,
+        "compile": compile,
+        "precision": precision,
     }
 
     def snapshot() -> tuple[dict, dict]:
@@ -187,21 +199,25 @@ def fit(
             batches = order.split(batch_size)
             model.train()
             for index in progress_bar(batches[step:], f"epoch {epoch + 1}", progress, initial=step, total=steps):
-                _seed(seed, epoch, step + 1)
+                _seed(seed, epoch, step + 1, *[workers.number()] * (workers.number() > 0))
                 optimizer.param_groups[0]["lr"] = learning_rate_at(learning_rate, (epoch + step / steps) / epochs)
-                with located(f"at step {epoch * steps + step + 1} (epoch {epoch + 1})"):
-                    history, target = train[index]  # [batch, history, variable], [batch, horizon, endogenous]
-                    batch_loss = loss(model(history), target)
+                place = f"at step {epoch * steps + step + 1} (epoch {epoch + 1})"
+                with located(place), workers.sharing(len(index)):
+                    history, target = train[index[workers.rows(len(index))]]  # [batch, history or horizon, variable]
+                    batch_loss = loss(forward(history), target)
                     checks.instance("what loss returns", batch_loss, LossTerms, "LossTerms")
+                    share = workers.share(len(index))
                     optimizer.zero_grad()
-                    batch_loss.total.backward()
+                    (batch_loss.total * share).backward()
+                    workers.add_up_gradients(trained.values())
+                    batch_loss = workers.loss_of_all(batch_loss, share)
                     note(terms, batch_loss.values())  # here the host waits for the device; NaN gets no further
                     optimizer.step()
                 step += 1
                 run.step(epoch * steps + step, snapshot)
 
             with located(f"after epoch {epoch + 1}, on the validation part"):
-                scores.append(_score(score, model, validation))
+                scores.append(workers.of_first(_score(score, model, validation)))
             if _best_epoch(scores) == len(scores):
                 best = {name: value.clone() for name, value in model.state_dict().items()}
             step = 0

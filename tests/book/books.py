@@ -21,6 +21,7 @@ LANGUAGES = ("en", "zh")
 REWRITTEN = (
     *("dlinear", "attention", "patchtst", "itransformer", "timesnet", "timexer"),
     *("language_model", "sft", "policy_gradient", "grpo", "dapo"),
+    *("gpu", "scale"),
 )
 PHONE = {"width": 390, "height": 844}
 DESK = {"width": 1280, "height": 900}

@@ -48,6 +48,13 @@ def test_the_same_command_gives_the_same_result(tmp_path):
     assert first == second
 
 
+def test_bf16_is_another_training_and_its_result_says_so(tmp_path):
+    plain, mixed = (result_of(tmp_path, "sft", *SMALL["sft"], *how) for how in ((), ("--precision", "bf16")))
+    assert [result["settings"]["precision"] for result in (plain, mixed)] == ["float32", "bf16"]
+    ours, theirs = (result["curves"]["cross_entropy"] for result in (mixed, plain))
+    assert ours != theirs and ours == pytest.approx(theirs, rel=0.02)
+
+
 def test_lora_trains_few_parameters(tmp_path):
     result = result_of(tmp_path, "sft", "--lora-rank", "2", *SMALL["sft"])
     assert 0 < result["parameters"]["trained"] < result["parameters"]["all"] / 20
@@ -56,6 +63,8 @@ def test_lora_trains_few_parameters(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (("sft", "--precision", "fp16"), "precision must be one of 'float32', 'bf16'; got 'fp16'"),
+        (("dapo", "--compile"), "compile=True has no second derivative, which DocumentedDAPO takes; leave it out"),
         (("sft", "--set", "group_size=4"), "--set: DocumentedSFT has no 'group_size'; it takes sequences"),
         (("grpo", "--set", "group_size=1"), "group_size must be at least 2; got 1"),
         (("dapo", "--set", "score=gradient norm", "--steps", "0"), "steps must be at least 1; got 0"),
