@@ -8,7 +8,7 @@ import torch
 
 from mini_impl import faster
 from mini_impl.finetuning import METHODS, fine_tune, sums
-from mini_impl.finetuning.train import _blocks_faster
+from mini_impl.finetuning.train import _faster_blocks
 from mini_impl.forecasting import FORECASTERS, evaluate, fit, loss_of
 from mini_impl.forecasting.patchtst import MaskedPatchTST, masked_loss
 from tests.tensors import random, same
@@ -79,7 +79,7 @@ def test_the_blocks_are_the_plain_ones_again_after_an_error(without_a_compiler):
     model, _ = sums()
     tokens = torch.arange(8)[None]
     exact = model.hidden(tokens)
-    with pytest.raises(KeyError), _blocks_faster((model,), True, "bf16"):
+    with pytest.raises(KeyError), _faster_blocks((model,), True, "bf16")():
         assert (model.hidden(tokens) - exact).abs().max() > 1e-4
         raise KeyError
     assert torch.equal(model.hidden(tokens), exact)

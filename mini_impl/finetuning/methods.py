@@ -217,9 +217,8 @@ class DocumentedDAPO(Method):
     quantile: float = 0.99
     adaptive_clip: bool = False
 
-    shared: ClassVar[bool] = (
-        False  # its penalties are of the gradient of the whole batch: each worker computes all of it
-    )
+    # Its penalties are of the gradient of the whole batch: each worker computes all of it.
+    shared: ClassVar[bool] = False
     second_derivative: ClassVar[bool] = True
 
     def __post_init__(self):

@@ -133,6 +133,7 @@ def fine_tune(
     trained = trained_parameters(model, workers.place(device))
     workers.begin(model)
     ref_model = copy.deepcopy(model).eval().requires_grad_(False)
+    faster_blocks = _faster_blocks((model, ref_model), compile, precision)
     optimizer = adam(trained.values(), learning_rate, precision)
     method.begin(seed)
 
@@ -171,7 +172,7 @@ def fine_tune(
 
         for step in progress_bar(range(done, steps), type(method).__name__, progress, initial=done, total=steps):
             before = time.perf_counter()
-            with located(f"at step {step + 1}"), _blocks_faster((model, ref_model), compile, precision):
+            with located(f"at step {step + 1}"), faster_blocks():
                 for loss, said in method.updates(model, ref_model, Stream(seed, step)):
                     optimizer.zero_grad()
                     loss.total.backward()
@@ -192,19 +193,22 @@ def fine_tune(
     return FineTuning(terms, metrics, measures, seconds)
 
 
-@contextmanager
-def _blocks_faster(models: Sequence[LanguageModel], compile: bool, precision: str) -> Iterator[None]:
-    """While it lasts, the blocks of the models are computed as `faster` says; with a cache, for sampling, as before."""
-    if not compile and precision == "float32":
-        yield
-        return
-    for model in models:
-        model._hidden = _faster_without_cache(model._hidden, faster(model._hidden, compile, precision))
-    try:
-        yield
-    finally:
-        for model in models:
-            del model._hidden  # what hid the method of the class
+def _faster_blocks(models: Sequence[LanguageModel], compile: bool, precision: str) -> Callable:
+    """A context in which the blocks of the models are computed as `faster` says; with a cache, to sample, as before."""
+    plain = compile is False and precision == "float32"
+    made = [] if plain else [(model, faster(model._hidden, compile, precision)) for model in models]
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        for model, fast in made:
+            model._hidden = _faster_without_cache(model._hidden, fast)
+        try:
+            yield
+        finally:
+            for model, _ in made:
+                del model._hidden  # what hid the method of the class
+
+    return context
 
 
 def _faster_without_cache(plain: Callable, fast: Callable) -> Callable:
