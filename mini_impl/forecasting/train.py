@@ -208,7 +208,7 @@ def fit(
                     checks.instance("what loss returns", batch_loss, LossTerms, "LossTerms")
                     share = workers.share(len(index))
                     optimizer.zero_grad()
-                    (batch_loss.total * share).backward()
+                    (batch_loss.total if share == 1 else batch_loss.total * share).backward()
                     workers.add_up_gradients(trained.values())
                     batch_loss = workers.loss_of_all(batch_loss, share)
                     note(terms, batch_loss.values())  # here the host waits for the device; NaN gets no further
