@@ -8,13 +8,12 @@ pass only scales it.
 Source: Schulman et al., "Proximal Policy Optimization Algorithms", 2017; the weights: GRPO, DAPO, Dr. GRPO.
 """
 
-import math
 from functools import cache
-from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
+from mini_impl import checks
 from mini_impl.kernels import wanted
 from mini_impl.kernels.roofline import Traffic
 
@@ -243,21 +242,13 @@ def _check(logprobs, old_logprobs, advantages, mask, clip_low, clip_high, reduce
             raise TypeError(f"{name} must have the dtype of logprobs, {logprobs.dtype}; got {value.dtype}")
         if value.device != logprobs.device:
             raise ValueError(f"{name} must be on the device of logprobs, {logprobs.device}; got {value.device}")
-    for name, value in {"clip_low": clip_low, "clip_high": clip_high}.items():
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{name} must be a number of at least 0; got {value!r}")
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be a finite number of at least 0; got {value!r}")
-    if not isinstance(reduce_by, str) or reduce_by not in REDUCTIONS:
-        raise ValueError(f"reduce_by must be one of {', '.join(map(repr, REDUCTIONS))}; got {reduce_by!r}")
+    checks.not_negative(clip_low=clip_low, clip_high=clip_high)
+    checks.choice("reduce_by", reduce_by, REDUCTIONS)
     if (reduce_by == "length") != (max_length is not None):
         wanted = "max_length, the most tokens of an answer, is for reduce_by='length', and for that alone"
         raise ValueError(f"{wanted}; got reduce_by={reduce_by!r} and max_length={max_length!r}")
-    if max_length is not None:
-        if isinstance(max_length, bool) or not isinstance(max_length, Integral):
-            raise TypeError(f"max_length must be a whole number; got {max_length!r}")
-        if max_length < logprobs.shape[1]:
-            raise ValueError(f"max_length must be at least {logprobs.shape[1]}, the tokens of a row; got {max_length}")
+    if max_length is not None and logprobs.shape[1] > checks.integer("max_length", max_length):
+        raise ValueError(f"max_length must be at least {logprobs.shape[1]}, the tokens of a row; got {max_length}")
 
 
 def traffic(

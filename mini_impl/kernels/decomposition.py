@@ -11,12 +11,12 @@ Source: the documented step 1 of DLinear; the edges as in the public code of its
 """
 
 from functools import cache
-from numbers import Integral
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mini_impl import checks
 from mini_impl.kernels import wanted
 from mini_impl.kernels.roofline import Traffic
 
@@ -180,14 +180,7 @@ def _check(series, kernel_size) -> None:
         raise TypeError(f"series must be of {', '.join(map(str, DTYPES))}; got {series.dtype}")
     if series.ndim != 3 or not series.numel():
         raise ValueError(f"{wanted}, no axis empty; got shape {list(series.shape)}")
-    if isinstance(kernel_size, bool) or not isinstance(kernel_size, Integral):
-        raise TypeError(f"kernel_size must be a whole number of at least 1; got {kernel_size!r}")
-    if kernel_size < 1:
-        raise ValueError(f"kernel_size must be at least 1; got {kernel_size}")
-    time = series.shape[1]
-    if kernel_size % 2 == 0 or kernel_size > time:
-        largest = f"at most {time - (time + 1) % 2}, as there are {time} time steps"
-        raise ValueError(f"kernel_size must be odd, so that the average has a middle, and {largest}; got {kernel_size}")
+    checks.odd("kernel_size", kernel_size, most=series.shape[1])
 
 
 def traffic(

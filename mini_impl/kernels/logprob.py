@@ -9,14 +9,13 @@ the backward pass makes every probability again, and writes the gradient alone.
 Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
 """
 
-import math
 from functools import cache
-from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mini_impl import checks
 from mini_impl.kernels import wanted
 from mini_impl.kernels.roofline import Traffic
 
@@ -207,10 +206,7 @@ def _check(logits, tokens, temperature) -> None:
         raise ValueError(f"tokens must have the leading axes of logits, {places}; got {list(tokens.shape)}")
     if tokens.device != logits.device:
         raise ValueError(f"tokens must be on the device of logits, {logits.device}; got {tokens.device}")
-    if isinstance(temperature, bool) or not isinstance(temperature, Real):
-        raise TypeError(f"temperature must be a number above 0; got {temperature!r}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be a finite number above 0; got {temperature!r}")
+    checks.positive(temperature=temperature)
 
 
 def traffic(rows: int, vocabulary: int, dtype: torch.dtype = torch.float32) -> tuple[Traffic, Traffic]:

@@ -234,10 +234,10 @@ LOGITS, TOKENS = scored(3, 5)
         ({"tokens": TOKENS > 0}, TypeError, "tokens must be ids, whole numbers; got torch.bool"),
         ({"tokens": TOKENS[:2]}, ValueError, r"the leading axes of logits, \[3\]; got \[2\]"),
         ({"tokens": TOKENS.to("meta")}, ValueError, "on the device of logits, cpu; got meta"),
-        ({"temperature": "1"}, TypeError, "temperature must be a number above 0; got '1'"),
-        ({"temperature": True}, TypeError, "temperature must be a number above 0; got True"),
-        ({"temperature": 0}, ValueError, "temperature must be a finite number above 0; got 0"),
-        ({"temperature": math.nan}, ValueError, "temperature must be a finite number above 0; got nan"),
+        ({"temperature": "1"}, TypeError, "temperature must be a finite number greater than 0; got '1'"),
+        ({"temperature": True}, TypeError, "temperature must be a finite number greater than 0; got True"),
+        ({"temperature": 0}, ValueError, "temperature must be a finite number greater than 0; got 0"),
+        ({"temperature": math.nan}, ValueError, "temperature must be a finite number greater than 0; got nan"),
     ],
 )
 def test_what_is_wrong_is_said(wrong, error, words):
