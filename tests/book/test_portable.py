@@ -156,7 +156,7 @@ def run_alone(python: Path, folder: Path, name: str, language: str, more: str) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "language"), [("losses", "en"), ("series", "zh")])
+@pytest.mark.parametrize(("name", "language"), [("finetuning", "en"), ("series", "zh")])
 def test_a_page_runs_alone_without_a_network(bare, tmp_path, monkeypatch, name, language):
     monkeypatch.delenv("PYTHONPATH", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -1,5 +1,6 @@
 """The built site: warnings fail, addresses are right, nothing local is missing."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
-from books import ADDRESS, BASE, PAGES, REWRITTEN, ROOT, STRICT, build, make_notebooks, small_book
+from books import ADDRESS, BASE, PAGES, REWRITTEN, ROOT, STRICT, build, make_notebooks, small_book, tool
 from bs4 import BeautifulSoup
 
 pytestmark = pytest.mark.slow
