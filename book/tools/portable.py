@@ -122,7 +122,7 @@ def font_of_book() -> bytes:
 def cut(font: bytes, text: str) -> bytes:
     """A font with the characters of a text, and letters and signs, alone. It keeps its name and its licence."""
     options = subset.Options(layout_features=[], hinting=False, name_IDs=["*"])
-    cutter, whole = subset.Subsetter(options), TTFont(io.BytesIO(font), lazy=True)
+    cutter, whole = subset.Subsetter(options), TTFont(io.BytesIO(font), lazy=True, recalcTimestamp=False)
     cutter.populate(unicodes={*SIGNS, *map(ord, text)})
     cutter.subset(whole)
     file = io.BytesIO()
