@@ -8,7 +8,7 @@ ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 fail = { echo "$(1)" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help book test check notebooks reproduce portable serve bench kernels gpu fuzz kill golden real-model constraints clean distclean
+.PHONY: help book test check notebooks reproduce portable colab oldest serve bench kernels gpu fuzz kill golden real-model constraints clean distclean
 .NOTPARALLEL:
 
 help: ## list these commands
@@ -40,6 +40,12 @@ reproduce: .venv/book ## compute the figures in book/results again, or go on wit
 
 portable: .venv/book ## make a file of each page that runs alone and offline: dist/en/NAME.ipynb and dist/zh/NAME.ipynb
 	.venv/bin/python book/tools/portable.py
+
+colab: .venv/book ## run every page and the tests with Colab's versions and Python (PAGES="dlinear sft": these; QUICK=1: no slow tests)
+	.venv/bin/python book/tools/elsewhere.py colab $(PAGES) $(if $(QUICK),--quick)
+
+oldest: .venv/book ## the same with the oldest versions that pyproject.toml promises
+	.venv/bin/python book/tools/elsewhere.py oldest $(PAGES) $(if $(QUICK),--quick)
 
 serve: ## show the built site on 127.0.0.1 (PORT=8000)
 	@test -f _build/html/index.html || $(call fail,There is no site to show yet: make book builds it.)
