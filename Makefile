@@ -41,7 +41,7 @@ reproduce: .venv/book ## compute the figures in book/results again, or go on wit
 portable: .venv/book ## make a file of each page that runs alone and offline: dist/en/NAME.ipynb and dist/zh/NAME.ipynb
 	.venv/bin/python book/tools/portable.py
 
-colab: .venv/book ## run every page and the tests with Colab's versions and Python (PAGES="dlinear sft": these; QUICK=1: no slow tests)
+colab: .venv/book ## run every page and the tests as on Colab (PAGES="dlinear sft" QUICK=1: these and no slow tests)
 	.venv/bin/python book/tools/elsewhere.py colab $(PAGES) $(if $(QUICK),--quick)
 
 oldest: .venv/book ## the same with the oldest versions that pyproject.toml promises
