@@ -92,7 +92,8 @@ def snapshot(folder: Path) -> notebooks.Repository:
         if name and (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
-    book = notebooks.repository()._replace(url=folder.as_uri())
+    # Python 3.11's own pip takes no address without a host.
+    book = notebooks.repository()._replace(url=f"file://localhost{folder.as_posix()}")
     call(*git, "init", "--quiet", "--initial-branch", book.branch, cwd=folder)
     call(*git, "add", "--all", "--force", cwd=folder)
     call(*git, "commit", "--quiet", "--message", "The book", cwd=folder)

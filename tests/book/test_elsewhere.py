@@ -70,7 +70,7 @@ def test_a_page_stands_alone_with_the_address_of_a_repository_that_has_its_tag(e
     for folder in folders:
         (file,) = folder.iterdir()
         (cell,) = [cell for cell in nbformat.read(file, as_version=4).cells if cell["id"] == "setup"]
-        assert f"git+file://{tmp_path}/book@" in cell.source and f'install("{book.tag}")' in cell.source
+        assert f"git+file://localhost{tmp_path}/book@" in cell.source and f'install("{book.tag}")' in cell.source
 
 
 @pytest.mark.parametrize(
