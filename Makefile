@@ -8,7 +8,7 @@ ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 fail = { echo "$(1)" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help book test check notebooks reproduce serve bench kernels gpu fuzz kill golden real-model constraints clean distclean
+.PHONY: help book test check notebooks reproduce portable colab oldest serve bench kernels gpu fuzz kill golden real-model constraints clean distclean
 .NOTPARALLEL:
 
 help: ## list these commands
@@ -37,6 +37,15 @@ notebooks: .venv/book ## make the notebooks from book/src and run those that cha
 
 reproduce: .venv/book ## compute the figures in book/results again, or go on with it (needs ETTh1: a network or MINI_IMPL_DATA)
 	for script in book/experiments/[a-z]*.py; do $(ONE_THREAD) .venv/bin/python $$script || exit 1; done
+
+portable: .venv/book ## make a file of each page that runs alone and offline: dist/en/NAME.ipynb and dist/zh/NAME.ipynb
+	.venv/bin/python book/tools/portable.py
+
+colab: .venv/book ## run every page and the tests as on Colab (PAGES="dlinear sft" QUICK=1: these and no slow tests)
+	.venv/bin/python book/tools/elsewhere.py colab $(PAGES) $(if $(QUICK),--quick)
+
+oldest: .venv/book ## the same with the oldest versions that pyproject.toml promises
+	.venv/bin/python book/tools/elsewhere.py oldest $(PAGES) $(if $(QUICK),--quick)
 
 serve: ## show the built site on 127.0.0.1 (PORT=8000)
 	@test -f _build/html/index.html || $(call fail,There is no site to show yet: make book builds it.)
@@ -78,8 +87,8 @@ constraints: .venv/made ## write constraints.txt again: the newest versions of e
 	  | grep -Ev '^(nvidia|cuda)' | sed 's/+.*//' | LC_ALL=C sort --ignore-case; } > _build/constraints.txt
 	mv _build/constraints.txt constraints.txt
 
-clean: ## remove the built site and what make reproduce would go on from
-	rm -rf _build
+clean: ## remove the built site, the files of make portable and what make reproduce would go on from
+	rm -rf _build dist
 
 distclean: clean ## remove the set-up too
 	rm -rf .venv book/assets/vendor

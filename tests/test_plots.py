@@ -38,6 +38,7 @@ def strict():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", ".* deprecated", UserWarning)  # matplotlib 3.9 calls pyparsing by old names
+        warnings.filterwarnings("ignore", "Creating legend", UserWarning)  # says that the machine is busy
         yield
     logging.getLogger("matplotlib").removeHandler(handler)
     with warnings.catch_warnings():

@@ -106,6 +106,8 @@ def write_toc(toc: dict, folder: Path) -> str:
 def build_editions(app: Sphinx, editions: dict, base: str) -> None:
     """Run this very command again for every edition, all at the same time, and make one site of them.
 
+    The files that the pages' download buttons give are made meanwhile.
+
     base: the site's address, or "" while it has none.
     """
     # They build beside the site and not in it: MyST-NB leaves files of its own next to the pages.
@@ -118,6 +120,10 @@ def build_editions(app: Sphinx, editions: dict, base: str) -> None:
         )
         for edition, folder in folders.items()
     ]
+    if app.builder.name == "html":
+        tool = app.confdir / "book" / "tools" / "portable.py"
+        command = [sys.executable, str(tool), "--out", str(Path(app.outdir) / "download")]
+        runs.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
     statuses = [run.wait() for run in runs]
     if any(statuses):
         app.statuscode = 1

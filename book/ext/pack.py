@@ -27,8 +27,10 @@ def pack(site: Path, editions: list[str]) -> None:
                 if path.is_file():
                     path.unlink()
         (folder / "_static" / ICON_SCRIPT).unlink(missing_ok=True)
+        for notebook in (folder / "_sources").glob("*.ipynb"):
+            notebook.unlink()
         for page in folder.glob("*.html"):
-            text = without_unused_scripts(page.name, page.read_text(encoding="utf-8"))
+            text = without_unused_scripts(folder.name, page.name, page.read_text(encoding="utf-8"))
             page.write_text(with_pictures_as_files(folder, text), encoding="utf-8")
     shared = move_shared(site, editions)
     for edition in editions:
@@ -42,7 +44,7 @@ def pack(site: Path, editions: list[str]) -> None:
             folder.rmdir()
 
 
-def without_unused_scripts(name: str, text: str) -> str:
+def without_unused_scripts(edition: str, name: str, text: str) -> str:
     text = re.sub(rf'\s*<script defer src="_static/{ICON_SCRIPT}[^>]*></script>', "", text)
     if name != "search.html":
         text = SEARCH_SCRIPTS.sub("", text)
@@ -52,8 +54,9 @@ def without_unused_scripts(name: str, text: str) -> str:
     # What these say themselves is their name; the themes' labels would hide it.
     text = re.sub(r'<summary aria-label="[^"]*"', "<summary", text)
     text = re.sub(r'(<button class="btn search-button-field[^"]*") [^>]*>', r"\1>", text)
-    # A browser that shows a page from a folder would open a notebook as text.
-    return re.sub(r'(<a href="[^"]*\.ipynb")(?=[^>]*btn-download-source-button)', r"\1 download", text)
+    # The button gives the file that runs alone. A browser that shows a page from a folder would open it as text.
+    button = r'<a href="_sources/([^"]*\.ipynb)"(?=[^>]*btn-download-source-button)'
+    return re.sub(button, rf'<a href="../download/{edition}/\1" download', text)
 
 
 def with_pictures_as_files(folder: Path, text: str) -> str:

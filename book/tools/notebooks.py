@@ -23,8 +23,10 @@ import re
 import sys
 import time
 import tokenize
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import jupytext
 import nbformat
@@ -50,10 +52,41 @@ except ImportError:
 from mini_impl.language import use_language
 
 use_language("{language}")"""
+# IPython's %pip says that the kernel may need a restart, which it does not. What is here stays: only lower bounds
+# are asked for, and torch, which a server fits to its GPU, is held even where it is older than these.
+INSTALL = """\
+import subprocess
+    import sys
+    from importlib import invalidate_caches, metadata
+
+    def install(revision):
+        wanted = ["mini_impl[zh] @ git+{url}@" + revision]
+        wanted += [f"torch=={{one.version}}" for one in metadata.distributions(name="torch")]
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", *wanted]
+        return subprocess.run(pip, capture_output=True, text=True)
+
+    tried = install("{tag}")
+    if tried.returncode:
+        tried = install("{branch}")
+        said = "{fell_back}"
+        print(tried.stderr if tried.returncode else said)
+    if tried.returncode:
+        {missing}
+    invalidate_caches()"""
 TITLE = {"en": "The book's package, and the language of this page", "zh": "本书的程序包，以及本页的语言"}
-BY_HAND = {
-    "en": "This page needs the package mini_impl. In a copy of the book, run",
-    "zh": "本页需要程序包 mini_impl：请在本书副本的根目录下运行",
+FELL_BACK = {
+    "en": "The tag {tag} could not be had, so the package is that of the branch {branch}.",
+    "zh": "取不到标签 {tag}，因此安装的是分支 {branch} 上的程序包。",
+}
+MISSING = {
+    "en": (
+        "This page needs the package mini_impl: run  pip install '.[zh]'  in a copy of the book, ",
+        "or take the page from the download button of the book's site, whose file carries the package.",
+    ),
+    "zh": (
+        "本页需要程序包 mini_impl：请在本书副本的根目录下运行 pip install '.[zh]'，",
+        "或者用本书网站的下载按钮取得本页，下载的文件自带程序包。",
+    ),
 }
 
 SOLUTION = {"en": "Solution", "zh": "解答"}
@@ -85,20 +118,34 @@ def solutions_path(name: str, language: str) -> Path:
     return ROOT / "book" / "solutions" / language / f"{name}.ipynb"
 
 
-def repository_url() -> str:
-    """The book's address, or "" as long as it has none; _config.yml is the only place where it stands."""
-    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
-    return config["repository"]["url"].rstrip("/")
+class Repository(NamedTuple):
+    """Where readers get the package: the book's address, "" while it has none; this version's tag; a branch."""
+
+    url: str
+    tag: str
+    branch: str
 
 
-def setup_cell(language: str, url: str) -> NotebookNode:
+def repository() -> Repository:
+    """What _config.yml says, which is the only place where the address stands, and the version in pyproject.toml."""
+    stated = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))["repository"]
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    return Repository(stated["url"].rstrip("/"), f"v{version}", stated["branch"])
+
+
+def raising(halves: tuple[str, str], indent: str) -> str:
+    """The lines that raise an ImportError which says this, indented but for the first."""
+    first, second = (json.dumps(half, ensure_ascii=False) for half in halves)
+    return f"raise ImportError(\n{indent}    {first}\n{indent}    {second}\n{indent}) from None"
+
+
+def setup_cell(language: str, book: Repository) -> NotebookNode:
     """The first code cell of every page that computes, and the only one that differs between the languages."""
-    rescue = (
-        f'%pip install --quiet "mini_impl[zh] @ git+{url}"'
-        if url
-        else f"raise ImportError(\n        {json.dumps(BY_HAND[language], ensure_ascii=False)}\n"
-        """        ' pip install ".[zh]"'\n    ) from None"""
-    )
+    rescue = raising(MISSING[language], "    ")
+    if book.url:
+        names = book._asdict()
+        missing = raising(MISSING[language], "        ")
+        rescue = INSTALL.format(**names, fell_back=FELL_BACK[language].format(**names), missing=missing)
     source = SETUP.format(title=TITLE[language], rescue=rescue, language=language)
     return new_code_cell(source, id="setup", metadata={"tags": ["hide-input"]})
 
@@ -180,7 +227,7 @@ def tagged(cell: NotebookNode, tag: str) -> bool:
     return tag in cell.metadata.get("tags", [])
 
 
-def make_notebooks(name: str, language: str, url: str) -> tuple[NotebookNode, NotebookNode | None]:
+def make_notebooks(name: str, language: str, book: Repository) -> tuple[NotebookNode, NotebookNode | None]:
     """The notebook of one language, with no outputs, and that of its solutions, if it has any.
 
     In the first, a solution is still a code cell: what it prints is known when the second has run.
@@ -200,7 +247,7 @@ def make_notebooks(name: str, language: str, url: str) -> tuple[NotebookNode, No
             cell.source = keep_comments(cell, name, language)
     check_exercises(name, cells)
     if code := code_cells(cells):
-        cells.insert(cells.index(code[0]), setup_cell(language, url))
+        cells.insert(cells.index(code[0]), setup_cell(language, book))
     page, solutions = with_cells(cells, ids), None
     if any(tagged(cell, "solution") for cell in cells):
         solutions = with_cells(solved(cells, name, language), None)
@@ -446,9 +493,9 @@ def finish(notebook: NotebookNode, path: Path, name: str, language: str, run: bo
     return True
 
 
-def render(name: str, language: str, url: str, run: bool | None) -> dict[Path, str] | None:
+def render(name: str, language: str, book: Repository, run: bool | None) -> dict[Path, str] | None:
     """The files of a page in one language as they should be; None if that takes a run and `run` is None."""
-    page, solutions = make_notebooks(name, language, url)
+    page, solutions = make_notebooks(name, language, book)
     texts = {}
     if solutions:
         path = solutions_path(name, language)
@@ -471,11 +518,11 @@ def check_answers(solutions: NotebookNode, name: str) -> None:
             raise source_error(name, cell, f"this check says of {answer}: {says}")
 
 
-def generate(name: str, url: str, run_all: bool) -> str:
+def generate(name: str, book: Repository, run_all: bool) -> str:
     """Write all notebooks of a page, or none of them if one fails. Returns what was done, in words."""
     start = time.perf_counter()
     with ThreadPoolExecutor(len(LANGUAGES)) as pool:  # each thread waits for a kernel, a process of its own
-        made = list(pool.map(lambda language: render(name, language, url, run_all), LANGUAGES))
+        made = list(pool.map(lambda language: render(name, language, book, run_all), LANGUAGES))
     changed = []
     for language, texts in zip(LANGUAGES, made, strict=True):
         new = {path: text for path, text in texts.items() if text != stored_text(path)}
@@ -485,10 +532,10 @@ def generate(name: str, url: str, run_all: bool) -> str:
     return f"{name}: wrote {' and '.join(changed) or 'nothing, it is unchanged'} ({time.perf_counter() - start:.1f} s)"
 
 
-def check(name: str, url: str) -> None:
+def check(name: str, book: Repository) -> None:
     """Raise PageError unless the stored notebooks are what the source gives. Runs nothing, writes nothing."""
     for language in LANGUAGES:
-        texts = render(name, language, url, None)
+        texts = render(name, language, book, None)
         if texts is None or any(stored_text(path) != text for path, text in texts.items()):
             raise PageError(f"book/{language}/{name}.ipynb is not what book/src/{name}.md gives: run  make notebooks")
 
@@ -512,13 +559,13 @@ def main() -> int:
     pages = sorted(path.stem for path in source_path("x").parent.glob("*.md"))
     if unknown := sorted(set(arguments.pages) - set(pages)):
         parser.error(f"no page {', '.join(unknown)}; the pages are {', '.join(pages)}")
-    url, problems = repository_url(), [f"{path} has no source in book/src: delete it" for path in strays()]
+    book, problems = repository(), [f"{path} has no source in book/src: delete it" for path in strays()]
     for name in arguments.pages or pages:
         try:
             if arguments.check:
-                check(name, url)
+                check(name, book)
             else:
-                print(generate(name, url, arguments.all), flush=True)
+                print(generate(name, book, arguments.all), flush=True)
         except PageError as error:
             problems.append(str(error))
     for problem in problems:

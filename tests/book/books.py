@@ -68,6 +68,8 @@ def small_book(root: Path, *sources: Path, url: str = "", base: str = "") -> Pat
     for folder in ("tools", "ext", "assets"):
         shutil.copytree(ROOT / "book" / folder, root / "book" / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "book" / "index.md", root / "book")
+    for name in ("pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, root)
     (root / "book" / "src").mkdir()
     for source in sources:
         shutil.copy(source, root / "book" / "src")

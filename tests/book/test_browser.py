@@ -251,9 +251,9 @@ def test_a_solution_opens_and_folded_code_unfolds(visit):
     assert page.get_by_text("需要时才展开").is_visible()
 
 
-def test_the_notebook_is_saved_by_the_button(visit, demo_root):
+def test_the_notebook_is_saved_by_the_button(visit, demo_site):
     page = visit(DESK).open("demo/_build/html/zh/demo.html")
     page.get_by_role("button", name="下载此页面").click()
     with page.expect_download() as download:
         page.locator(".btn-download-source-button").click()
-    assert download.value.path().read_bytes() == (demo_root / "book" / "zh" / "demo.ipynb").read_bytes()
+    assert download.value.path().read_bytes() == (demo_site / "download" / "zh" / "demo.ipynb").read_bytes()

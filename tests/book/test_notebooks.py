@@ -1,15 +1,19 @@
 """The tool that makes notebooks of sources: book/tools/notebooks.py."""
 
+import builtins
 import json
 import re
 import shutil
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
 import pytest
-from books import ADDRESS, LANGUAGES, PAGES, check_widgets, check_words, make_notebooks, small_book, tool
-from IPython.core.inputtransformer2 import TransformerManager
+from books import ADDRESS, LANGUAGES, PAGES, ROOT, check_widgets, check_words, make_notebooks, small_book, tool
 
 pytestmark = pytest.mark.slow
 
@@ -112,49 +116,113 @@ def test_only_changed_code_is_executed_again(page):
 def test_an_address_changes_the_set_up_cell_alone(page):
     root = root_of(page)
     before, first = notebooks(page)["zh"].cells, printed(page)
-    assert 'pip install ".[zh]"' in before[1].source and "git+" not in before[1].source
+    assert "pip install '.[zh]'" in before[1].source and "git+" not in before[1].source
     change(root / "_config.yml", "url: ''", f"url: {ADDRESS}/")
     assert make_notebooks(root, "--check").status == 1, "the notebooks are out of date now"
     assert make_notebooks(root).status == 0
     after = notebooks(page)["zh"].cells
-    assert f'%pip install --quiet "mini_impl[zh] @ git+{ADDRESS}"' in after[1].source
+    assert f"mini_impl[zh] @ git+{ADDRESS}@" in after[1].source
     assert before[:1] + before[2:] == after[:1] + after[2:] and printed(page) == first
 
 
 class WithoutPackage:
-    """Stands for a computer that has mini_impl only once it was installed; notes what is installed and used."""
+    """Stands for a computer that has mini_impl only once it was installed; notes what is installed and used.
 
-    def __init__(self):
-        self.installed, self.used = [], []
+    revisions: those that pip gets; torch: the versions of it that are here.
+    """
 
-    def run(self, cell: str) -> None:
-        code = TransformerManager().transform_cell(cell)  # what IPython makes of %pip
-        exec(code, {"__builtins__": {"__import__": self.find, "ImportError": ImportError}, "get_ipython": lambda: self})
+    def __init__(self, monkeypatch, revisions=(), torch=()):
+        self.revisions, self.installed, self.tried, self.used = revisions, False, [], []
+        monkeypatch.setattr(subprocess, "run", self.run)
+        found = {"torch": [SimpleNamespace(version=version) for version in torch]}
+        monkeypatch.setattr(metadata, "distributions", lambda name: found[name])
+
+    def execute(self, cell: str) -> None:
+        exec(cell, {"__builtins__": {**vars(builtins), "__import__": self.find}})
 
     def find(self, name: str, *arguments):
+        if not name.startswith("mini_impl"):
+            return __import__(name, *arguments)
         if not self.installed:
             raise ImportError(name)
         return SimpleNamespace(use_language=self.used.append)
 
-    def run_line_magic(self, magic: str, line: str) -> None:
-        self.installed.append(f"%{magic} {line}")
+    def run(self, command: list[str], **how) -> SimpleNamespace:
+        assert command[:5] == [sys.executable, "-m", "pip", "install", "--quiet"]
+        assert how == {"capture_output": True, "text": True}, "nothing that pip says is shown"
+        self.tried.append(command[5:])
+        self.installed = command[5].rsplit("@")[-1] in self.revisions
+        return SimpleNamespace(returncode=not self.installed, stderr="pip's own words")
+
+
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+PACKAGE = f"mini_impl[zh] @ git+{ADDRESS}@"
+
+
+def set_up(language: str, url: str = ADDRESS) -> str:
+    return tool("notebooks").setup_cell(language, tool("notebooks").repository()._replace(url=url)).source
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_where_the_package_is_missing_the_set_up_cell_installs_it_from_the_address(language):
-    computer = WithoutPackage()
-    computer.run(tool("notebooks").setup_cell(language, ADDRESS).source)
-    assert computer.installed == [f'%pip install --quiet "mini_impl[zh] @ git+{ADDRESS}"']
-    assert computer.used == [language]
+def test_where_the_package_is_missing_the_set_up_cell_installs_the_version_of_the_page(language, monkeypatch, capsys):
+    computer = WithoutPackage(monkeypatch, revisions=[f"v{VERSION}", "main"])
+    computer.execute(set_up(language))
+    assert computer.tried == [[f"{PACKAGE}v{VERSION}"]] and computer.used == [language]
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_with_no_address_the_set_up_cell_says_how_to_install_it(language):
-    computer = WithoutPackage()
-    with pytest.raises(ImportError, match=re.escape('pip install ".[zh]"')) as raised:
-        computer.run(tool("notebooks").setup_cell(language, "").source)
-    check_words(str(raised.value), language)
-    assert computer.installed == []
+def test_without_the_tag_the_set_up_cell_says_so_and_takes_the_branch(language, monkeypatch, capsys):
+    computer = WithoutPackage(monkeypatch, revisions=["main"])
+    computer.execute(set_up(language))
+    assert computer.tried == [[f"{PACKAGE}v{VERSION}"], [f"{PACKAGE}main"]] and computer.used == [language]
+    said = capsys.readouterr().out
+    check_words(said, language)
+    assert f"v{VERSION}" in said and "main" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_without_a_network_the_set_up_cell_says_in_a_sentence_what_to_do(language, monkeypatch, capsys):
+    computer = WithoutPackage(monkeypatch)
+    with pytest.raises(ImportError) as raised:
+        computer.execute(set_up(language))
+    check_sentence(str(raised.value), language)
+    assert capsys.readouterr().out == "pip's own words\n" and computer.used == []
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_with_no_address_the_set_up_cell_says_in_a_sentence_what_to_do(language, monkeypatch):
+    computer = WithoutPackage(monkeypatch, revisions=["main"])
+    with pytest.raises(ImportError) as raised:
+        computer.execute(set_up(language, url=""))
+    check_sentence(str(raised.value), language)
+    assert computer.tried == computer.used == []
+
+
+def check_sentence(text: str, language: str) -> None:
+    check_words(text, language)
+    assert "pip install '.[zh]'" in text and len(re.findall(r"\.(?: |$)|。", text)) == 1 and "\n" not in text
+
+
+def test_the_set_up_cell_leaves_torch_and_ipywidgets_alone(monkeypatch):
+    """Not even a torch that is too old is renewed: pip, which may not, says so."""
+    computer = WithoutPackage(monkeypatch, revisions=["main"], torch=["2.4.0+cu118"])
+    computer.execute(set_up("en"))
+    assert [tried[1:] for tried in computer.tried] == [["torch==2.4.0+cu118"]] * 2
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    asked = [*project["dependencies"], *project["optional-dependencies"]["zh"]]
+    assert not [one for one in asked if one.startswith("ipywidgets")]
+    for one in asked:
+        assert re.fullmatch(r"[a-z]+>=[\d.]+", one), f"only a lower bound leaves what is there: {one}"
+
+
+def test_no_page_asks_for_a_custom_widget_manager():
+    """On Colab it would break Tab, and so the sliders."""
+    cells = [set_up(language, url) for language in LANGUAGES for url in ("", ADDRESS)]
+    sources = [path.read_text("utf-8") for path in (ROOT / "book" / "src").glob("*.md")]
+    package = [path.read_text("utf-8") for path in (ROOT / "mini_impl").rglob("*.py")]
+    for text in (*cells, *sources, *package):
+        assert "custom_widget_manager" not in text
 
 
 def test_a_failing_cell_is_named_and_nothing_is_written(page):

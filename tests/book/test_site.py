@@ -1,5 +1,6 @@
 """The built site: warnings fail, addresses are right, nothing local is missing."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
-from books import ADDRESS, BASE, PAGES, REWRITTEN, ROOT, STRICT, build, make_notebooks, small_book
+from books import ADDRESS, BASE, PAGES, REWRITTEN, ROOT, STRICT, build, make_notebooks, small_book, tool
 from bs4 import BeautifulSoup
 
 pytestmark = pytest.mark.slow
@@ -124,10 +125,13 @@ def test_without_an_address_no_button_needs_one(site):
 
 
 @pytest.mark.parametrize("language", TAGS)
-def test_the_notebook_can_be_downloaded(site, language):
-    link = soup(site / language / "series.html").select_one("a.btn-download-source-button")
-    downloaded = site / language / link["href"]
-    assert downloaded.read_bytes() == (ROOT / "book" / language / "series.ipynb").read_bytes()
+def test_the_button_of_a_page_gives_the_file_that_runs_alone(site, language):
+    for path in (ROOT / "book" / language).glob("*.ipynb"):
+        link = soup(site / language / f"{path.stem}.html").select_one("a.btn-download-source-button")
+        assert link["href"] == f"../download/{language}/{path.name}" and link.has_attr("download")
+        given = json.loads((site / language / link["href"]).read_text("utf-8"))["cells"]
+        assert given == tool("portable").portable(json.loads(path.read_text("utf-8")), language)["cells"]
+    assert not list(site.rglob("_sources/*.ipynb")), "what no button gives"
 
 
 @pytest.mark.parametrize("language", TAGS)
