@@ -29,6 +29,7 @@ class Words(NamedTuple):
 
 
 RIGHT = Words("Right.", "正确。")
+UNANSWERED = Words("Not filled in yet.", "还没有填写。")
 NOTHING = Words(
     "Not written yet: it returns nothing, or raises NotImplementedError.",
     "还没有写：函数没有返回值，或者抛出 NotImplementedError。",
@@ -79,7 +80,7 @@ def check(
 def check_number(answer: Any, low: float, high: float) -> bool:
     """Say whether the answer to a question is a number in a range where every right answer lies; the range is wide."""
     if answer is None:
-        return told(Words("Not filled in yet.", "还没有填写。"))
+        return told(UNANSWERED)
     value = numbers(answer)
     if value is None or value.size != 1 or not np.isfinite(value).all():
         return told(Words(f"It must be one finite number; got {answer!r}.", f"应当是一个有限的数，得到的是 {answer!r}。"))

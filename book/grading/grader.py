@@ -34,9 +34,10 @@ import numpy as np  # noqa: E402
 from sandbox import UNSHUT, Limits, Sandbox  # noqa: E402
 from stripped import strip  # noqa: E402
 
-from mini_impl.classroom import RIGHT, Words, diagnose, failed  # noqa: E402
+from mini_impl.classroom import NOTHING, RIGHT, UNANSWERED, Words, diagnose, failed  # noqa: E402
 
 LARGEST = 20_000_000  # bytes of a submission
+STARTING = 120  # seconds for Python and torch, which no cell is blamed for
 DEADLY_CELLS = 3  # cells that may kill the worker, each of which is left out from then on
 
 
@@ -196,7 +197,10 @@ class Student:
 
     def value(self, name: str) -> np.ndarray | None:
         """The number or array of this name."""
-        results = self._ask("value", name)[1]
+        try:
+            results = self._ask("value", name)[1]
+        except Wrong as wrong:
+            raise (Wrong(UNANSWERED) if wrong.words == NOTHING else wrong) from None
         return results[0] if len(results) == 1 else None
 
     def close(self) -> None:
@@ -237,6 +241,7 @@ class Student:
                 )
             self.worker, running = Worker(self.sandbox), None
             try:
+                next(self.worker.ask("hello", STARTING))
                 seconds = min(self.sandbox.limits.cells, self.end - time.monotonic())
                 for head, _ in self.worker.ask("cells", seconds, cells=self.notebook, skip=self.deadly):
                     if isinstance(head.get("errors"), dict):
