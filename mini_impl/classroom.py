@@ -147,20 +147,20 @@ def difference(got: np.ndarray | None, want: np.ndarray, axes: Sequence[str]) ->
         return Words("This is no number and no tensor of numbers.", "这不是数，也不是由数组成的张量。")
     if not np.isfinite(got).all():
         return Words("It holds NaN or infinity.", "结果里有 NaN 或无穷大。")
+    if got.shape == want.shape and close(got, want):
+        return None
+    if got.ndim == want.ndim and any(
+        turned.shape == want.shape and close(turned, want) for turned in map(got.transpose, permutations(range(got.ndim)))
+    ):
+        return Words("The numbers are right, but along the wrong axes.", "数值正确，但轴的顺序不对。")
     if got.shape != want.shape:
         named = ", ".join(axes)
         return Words(
             f"The shape must be {list(want.shape)}{f' [{named}]' if named else ''}; got {list(got.shape)}.",
             f"形状应当是 {list(want.shape)}{f' [{named}]' if named else ''}，得到的是 {list(got.shape)}。",
         )
-    if close(got, want):
-        return None
     if close(-got, want):
         return Words("Right in size, but of the wrong sign.", "大小正确，符号相反。")
-    for order in permutations(range(want.ndim)):
-        turned = got.transpose(order)
-        if turned.shape == want.shape and close(turned, want):
-            return Words("The numbers are right, but along the wrong axes.", "数值正确，但轴的顺序不对。")
     if "time" in axes and edges_alone(got, want, axes.index("time")):
         return Words(
             "Right in the middle, wrong at the first and last time steps: think about the edges.",

@@ -203,6 +203,15 @@ class Student:
             raise (Wrong(UNANSWERED) if wrong.words == NOTHING else wrong) from None
         return results[0] if len(results) == 1 else None
 
+    def remarks(self) -> list[Words]:
+        """What the student is told of the cells that failed, and of those that had to be left out."""
+        said = [Words(f"Code cell {n + 1} ended its process.", f"第 {n + 1} 个代码单元格使进程退出。") for n in self.deadly]
+        for number, error in list(self.errors.items())[:20]:
+            what = f"{plain(error.get('error'))}: {plain(error.get('message'))}" if isinstance(error, dict) else ""
+            n = int(number) + 1 if str(number).isdecimal() and len(str(number)) < 6 else "?"
+            said.append(Words(f"Code cell {n} failed. {what}", f"第 {n} 个代码单元格出错。{what}"))
+        return said
+
     def close(self) -> None:
         if self.worker:
             self.worker.close()
@@ -250,9 +259,10 @@ class Student:
                     running = head.get("begins")
             except Died:
                 self.close()
-                possible = isinstance(running, int) and 0 <= running < len(self.notebook)
-                # What cannot be blamed on one cell ends the notebook.
-                self.deadly += [running] if possible else list(range(DEADLY_CELLS + 1))
+                if not isinstance(running, int) or not 0 <= running < len(self.notebook):
+                    self.end = 0.0  # what cannot be blamed on one cell ends the notebook
+                else:
+                    self.deadly.append(running)
 
 
 def plain(text: Any) -> str:
@@ -307,12 +317,14 @@ def read_cells(path: Path) -> tuple[list[str], str]:
     return cells, "zh" if chinese else "en"
 
 
-def grade(path: Path, sandbox: Sandbox, questions: Sequence[Question], seed: int, name: str) -> tuple[list[Graded], str]:
-    """Ask a submission all questions. Returns (the results, its language)."""
+def grade(
+    path: Path, sandbox: Sandbox, questions: Sequence[Question], seed: int, name: str
+) -> tuple[list[Graded], str, list[Words]]:
+    """Ask a submission all questions. Returns (the results, its language, what is to be said of its cells)."""
     try:
         cells, language = read_cells(path)
     except Wrong as wrong:
-        return [Graded(question, 0, wrong.words) for question in questions], "en"
+        return [Graded(question, 0, wrong.words) for question in questions], "en", []
     student, results = Student(cells, sandbox), []
     try:
         for number, question in enumerate(questions):
@@ -324,10 +336,12 @@ def grade(path: Path, sandbox: Sandbox, questions: Sequence[Question], seed: int
                 results.append(Graded(question, 0, wrong.words))
     finally:
         student.close()
-    return results, language
+    return results, language, student.remarks()
 
 
-def gradescope(results: Sequence[Graded], language: str, seconds: float, extra: dict) -> dict:
+def gradescope(
+    results: Sequence[Graded], language: str, remarks: Sequence[Words], seconds: float, extra: dict
+) -> dict:
     """The results in the form of Gradescope's results.json."""
     said = "zh" if language == "zh" else "en"
     tests = [
@@ -346,6 +360,8 @@ def gradescope(results: Sequence[Graded], language: str, seconds: float, extra: 
     return {
         "score": score,
         "execution_time": round(seconds),
+        "output": "\n".join(getattr(words, said) for words in remarks),
+        "output_format": "text",
         "stdout_visibility": "hidden",
         "tests": tests,
         "extra_data": extra | {"language": language},
@@ -361,6 +377,7 @@ def report(name: str, title: str, results: dict) -> str:
     for test in results["tests"]:
         found = test["output"].replace("|", " ").replace("\n", " ")
         lines.append(f"| {test['name']} | {test['score']:g} / {test['max_score']:g} | {found} |")
+    lines += [f"\n- {remark}" for remark in results["output"].splitlines()]
     seed = results["extra_data"]["seed"]
     lines += ["", f"批改所用的随机种子：{seed}" if chinese else f"Seed of the hidden inputs: {seed}"]
     return "\n".join(lines) + "\n"
@@ -434,8 +451,9 @@ def grade_folder(
         def one(name: str) -> None:
             began = time.monotonic()
             extra = {"submission": digest(notebooks[name]), "assignment": assigned, "seed": seed}
-            results, language = grade(notebooks[name], sandbox, questions, seed, name)
-            done[name] = gradescope(results, language, time.monotonic() - began, extra | {"sandbox": sandbox.kind})
+            results, language, remarks = grade(notebooks[name], sandbox, questions, seed, name)
+            extra["sandbox"] = sandbox.kind
+            done[name] = gradescope(results, language, remarks, time.monotonic() - began, extra)
             write(out / "results" / f"{name}.json", json.dumps(done[name], ensure_ascii=False, indent=1))
             print(f"{name}: {done[name]['score']:g}", flush=True)
 

@@ -249,7 +249,7 @@ def slow(tmp_path_factory):
 
 
 def told(results: dict) -> str:
-    return "\n".join(f"{test['score']:g} of {test['max_score']:g}, {test['name']}: {test['output']}" for test in results["tests"])
+    return results["output"] + "\n".join(f"{test['score']:g} of {test['max_score']:g}, {test['name']}: {test['output']}" for test in results["tests"])
 
 
 @pytest.mark.parametrize("name", SUBMISSIONS)
@@ -293,7 +293,7 @@ def test_the_table_and_the_reports(quick):
 def test_a_run_goes_on_where_it_was(quick, monkeypatch, capsys):
     folder, done = quick
     (folder / "out" / "results" / "sign.json").unlink()
-    monkeypatch.setattr(grader, "grade", lambda path, *others: ([], "en") if path.stem == "sign" else pytest.fail())
+    monkeypatch.setattr(grader, "grade", lambda path, *others: ([], "en", []) if path.stem == "sign" else pytest.fail())
     again = grader.grade_folder(folder / "made" / "grading", folder / "submissions", folder / "out", 1)
     assert {name for name in done if again[name] != done[name]} == {"sign"}
 
@@ -310,7 +310,7 @@ def test_a_sandbox_shows_neither_home_nor_network_nor_repository(tmp_path):
     look += "try:\n    socket.create_connection(('1.1.1.1', 53), 2)\n    net = 1.0\nexcept OSError:\n    net = 0.0\n"
     look += "try:\n    open('/usr/x', 'w')\n    wrote = 1.0\nexcept OSError:\n    wrote = 0.0\n"
     look += "import signal\nos.kill(os.getppid() or 1, signal.SIGKILL)\n"  # its own first process, at most
-    student = grader.Student([look + "found = [*map(float, seen), net, wrote]"], sandbox)
+    student = grader.Student([look + "import torch\nfound = torch.tensor([*map(float, seen), net, wrote])"], sandbox)
     try:
         assert student.value("found").tolist() == [0.0] * 6
     finally:
