@@ -39,9 +39,7 @@ DETACHED = Words(
     "(.item(), .detach(), .numpy(), torch.tensor(..) or no_grad).",
     "数值正确，但梯度传不回去：某一处把结果与输入断开了（.item()、.detach()、.numpy()、torch.tensor(..) 或 no_grad）。",
 )
-WRITTEN_OVER = Words(
-    "It writes into its input: make a new tensor instead.", "函数改写了自己的输入：请新建一个张量。"
-)
+WRITTEN_OVER = Words("It writes into its input: make a new tensor instead.", "函数改写了自己的输入：请新建一个张量。")
 
 
 def check(
@@ -70,7 +68,8 @@ def check(
         return told(NOTHING)
     results = list(results) if isinstance(results, (tuple, list)) else [results]
     wrong = diagnose([numbers(result) for result in results], [numbers(value) for value in wanted], axes, names)
-    if wrong is None and any(isinstance(x, Tensor) and not torch.equal(x.detach(), y) for x, y in zip(given, inputs)):
+    pairs = zip(given, inputs, strict=True)
+    if wrong is None and any(isinstance(x, Tensor) and not torch.equal(x.detach(), y) for x, y in pairs):
         wrong = WRITTEN_OVER
     if wrong is None and gradients and not all(isinstance(x, Tensor) and x.requires_grad for x in results):
         wrong = DETACHED
@@ -83,7 +82,8 @@ def check_number(answer: Any, low: float, high: float) -> bool:
         return told(UNANSWERED)
     value = numbers(answer)
     if value is None or value.size != 1 or not np.isfinite(value).all():
-        return told(Words(f"It must be one finite number; got {answer!r}.", f"应当是一个有限的数，得到的是 {answer!r}。"))
+        got = repr(answer)[:60]
+        return told(Words(f"It must be one finite number; got {got}.", f"应当是一个有限的数，得到的是 {got}。"))
     if not low <= value.item() <= high:
         return told(
             Words(
@@ -91,9 +91,7 @@ def check_number(answer: Any, low: float, high: float) -> bool:
                 f"{value.item():g} 不可能正确：请先想想它的量级。",
             )
         )
-    return told(
-        Words("Noted. Whether it is right, grading will tell.", "已记下。对不对，批改时才知道。"), right=True
-    )
+    return told(Words("Noted. Whether it is right, grading will tell.", "已记下。对不对，批改时才知道。"), right=True)
 
 
 def told(words: Words, right: bool = False) -> bool:
@@ -149,9 +147,8 @@ def difference(got: np.ndarray | None, want: np.ndarray, axes: Sequence[str]) ->
         return Words("It holds NaN or infinity.", "结果里有 NaN 或无穷大。")
     if got.shape == want.shape and close(got, want):
         return None
-    if got.ndim == want.ndim and any(
-        turned.shape == want.shape and close(turned, want) for turned in map(got.transpose, permutations(range(got.ndim)))
-    ):
+    turns = [got.transpose(order) for order in permutations(range(got.ndim))] if got.ndim == want.ndim < 5 else []
+    if any(turned.shape == want.shape and close(turned, want) for turned in turns):
         return Words("The numbers are right, but along the wrong axes.", "数值正确，但轴的顺序不对。")
     if got.shape != want.shape:
         named = ", ".join(axes)

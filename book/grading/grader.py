@@ -205,7 +205,13 @@ class Student:
 
     def remarks(self) -> list[Words]:
         """What the student is told of the cells that failed, and of those that had to be left out."""
-        said = [Words(f"Code cell {n + 1} ended its process.", f"第 {n + 1} 个代码单元格使进程退出。") for n in self.deadly]
+        said = [
+            Words(
+                f"Code cell {n + 1} ended its process, or took too long.",
+                f"第 {n + 1} 个代码单元格使进程退出，或运行太久。",
+            )
+            for n in self.deadly
+        ]
         for number, error in list(self.errors.items())[:20]:
             what = f"{plain(error.get('error'))}: {plain(error.get('message'))}" if isinstance(error, dict) else ""
             n = int(number) + 1 if str(number).isdecimal() and len(str(number)) < 6 else "?"
@@ -339,9 +345,7 @@ def grade(
     return results, language, student.remarks()
 
 
-def gradescope(
-    results: Sequence[Graded], language: str, remarks: Sequence[Words], seconds: float, extra: dict
-) -> dict:
+def gradescope(results: Sequence[Graded], language: str, remarks: Sequence[Words], seconds: float, extra: dict) -> dict:
     """The results in the form of Gradescope's results.json."""
     said = "zh" if language == "zh" else "en"
     tests = [
@@ -424,8 +428,8 @@ def grade_folder(
     limits: None: those of the assignment. kind: of Sandbox.
     """
     assignment, questions = load_questions(grading)
-    notebooks = {str(path.relative_to(submissions).with_suffix("")): path for path in sorted(submissions.rglob("*.ipynb"))}
-    notebooks = {name: path for name, path in notebooks.items() if ".ipynb_checkpoints" not in path.parts}
+    paths = [path for path in sorted(submissions.rglob("*.ipynb")) if ".ipynb_checkpoints" not in path.parts]
+    notebooks = {str(path.relative_to(submissions).with_suffix("")): path for path in paths}
     state = out / "run.json"
     if seed is None:
         seed = json.loads(state.read_text())["seed"] if state.exists() else secrets.randbelow(2**32)

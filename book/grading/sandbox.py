@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -72,8 +73,8 @@ def environment() -> dict[str, str]:
 class Sandbox:
     """Starts workers, and sees that nothing of them is left.
 
-    package: a folder that holds the `mini_impl` to import. kind: "bubblewrap", "nobody" or "limits"; None takes the
-    first of these that a trial run finds to work. In words: bubblewrap; another account, where this one is root; limits.
+    package: a folder that holds the `mini_impl` to import. kind: "bubblewrap"; "nobody", another account with limits,
+    where this one is root; "limits"; None takes the first of these that a trial run finds to work.
     """
 
     def __init__(self, package: Path, limits: Limits, kind: str | None = None):
@@ -135,10 +136,8 @@ class Sandbox:
             worker.kill()
         worker.wait()
         for stream in (worker.stdin, worker.stdout):
-            try:
+            with suppress(OSError):
                 stream.close()
-            except OSError:
-                pass
         with self.lock:
             self.alive.discard(worker.pid)
         self.sweep()
@@ -152,14 +151,10 @@ class Sandbox:
                 strays = [pid for pid in children(os.getpid()) if pid not in self.alive and crept(pid)]
                 for pid in strays:
                     for each in (*children(pid), pid):
-                        try:
+                        with suppress(ProcessLookupError):
                             os.kill(each, signal.SIGKILL)
-                        except ProcessLookupError:
-                            pass
-                    try:
+                    with suppress(ChildProcessError):
                         os.waitpid(pid, 0)
-                    except ChildProcessError:
-                        pass
             if not strays:
                 return
 

@@ -98,8 +98,8 @@ class Notebook:
             by = [arguments[place] for place in head["of"]]
             found = self.torch.autograd.grad(total, by, allow_unused=True) if total.requires_grad else [None] * len(by)
             missing = [place for place, gradient in zip(head["of"], found, strict=True) if gradient is None]
-            zero = self.torch.zeros_like
-            yield {"missing": missing}, [*results, *(zero(x) if g is None else g for g, x in zip(found, by, strict=True))]
+            whole = [self.torch.zeros_like(x) if g is None else g for g, x in zip(found, by, strict=True)]
+            yield {"missing": missing}, [*results, *whole]
         except BaseException as error:
             yield described(error), []
 

@@ -9,7 +9,8 @@ A source is written as the pages are (see notebooks.py). Its code cells are tagg
 - `solution`, with `stub`: the student finds the stub, with comments `# English | 中文`, in the place of the cell;
 - `public`: a check that both have;
 - `hidden`: questions that only the grader has, in English; all of them together are one Python file.
-Its header, `assignment`, gives the title, the modules of mini_impl that hold the answer (`withheld`), and the grader's limits.
+Its header, `assignment`, gives the title, the modules of mini_impl that hold the answer (`withheld`), and the grader's
+limits.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from nbformat import NotebookNode
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from notebooks import (  # noqa: E402
+from notebooks import (
     LANGUAGES,
     ROOT,
     PageError,
