@@ -8,6 +8,7 @@ What a notebook does in here it does to itself: this process knows no expected v
 of what comes out but that it is numbers.
 """
 
+import ctypes
 import io
 import json
 import os
@@ -21,6 +22,8 @@ LONGEST = 300  # characters of an error's message
 
 def main() -> None:
     settings = json.loads(sys.argv[1])
+    if sys.platform == "linux":  # a grader that is killed leaves no worker behind
+        ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG, SIGKILL
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):  # what the notebook prints is no reply
