@@ -1,6 +1,8 @@
 # `make book` and `make test` set up all they need, in .venv and book/assets/vendor. `make help` lists the rest.
 PYTHON ?= python3
 PORT ?= 8000
+ASSIGNMENT ?= dlinear
+OUT ?= _build/grades
 TESTED = import sys, pip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 # Two workers share two cores: more threads in each would only wait for one another.
 ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
@@ -8,7 +10,7 @@ ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 fail = { echo "$(1)" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help book test check notebooks reproduce portable colab oldest serve bench kernels gpu fuzz kill golden real-model constraints clean distclean
+.PHONY: help book test check notebooks portable colab oldest assignments grade reproduce serve bench kernels gpu fuzz kill golden real-model constraints clean distclean
 .NOTPARALLEL:
 
 help: ## list these commands
@@ -34,6 +36,14 @@ check: .venv/test ## the checks that take seconds: style, set-up, and whether th
 
 notebooks: .venv/book ## make the notebooks from book/src and run those that changed (ALL=1: run all)
 	.venv/bin/python book/tools/notebooks.py $(if $(ALL),--all)
+
+assignments: .venv/book ## make the assignments from book/assignments: what students get, solutions, and what grades them
+	.venv/bin/python book/tools/assignments.py
+
+grade: .venv/made ## grade the notebooks in a folder, offline (ASSIGNMENT=dlinear SUBMISSIONS=folder OUT=grades)
+	@test -n "$(SUBMISSIONS)" || $(call fail,Name the folder of notebooks: make grade ASSIGNMENT=dlinear SUBMISSIONS=folder)
+	@test -d _build/assignments/$(ASSIGNMENT)/grading || $(call fail,There is no such assignment yet: make assignments makes them.)
+	.venv/bin/python book/grading/grader.py _build/assignments/$(ASSIGNMENT)/grading "$(SUBMISSIONS)" --out "$(OUT)"
 
 reproduce: .venv/book ## compute the figures in book/results again, or go on with it (needs ETTh1: a network or MINI_IMPL_DATA)
 	for script in book/experiments/[a-z]*.py; do $(ONE_THREAD) .venv/bin/python $$script || exit 1; done

@@ -1,0 +1,137 @@
+"""What `make assignments` writes, what its checks say, and what the grader takes for numbers."""
+
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mini_impl import classroom
+from mini_impl.language import use_language
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "book" / "grading"), str(ROOT / "book" / "tools")]
+
+import assignments  # noqa: E402
+import grader  # noqa: E402
+from notebooks import PageError, repository  # noqa: E402
+
+
+@pytest.fixture(scope="module", params=assignments.names())
+def made(request, tmp_path_factory):
+    assignment, folder = assignments.Assignment(request.param), tmp_path_factory.mktemp("made")
+    assignment.write(folder)
+    return assignment, folder
+
+
+@pytest.mark.parametrize("language", assignments.LANGUAGES)
+def test_a_student_gets_blanks_and_checks_and_no_answer(made, language):
+    assignment, folder = made
+    student = json.loads((folder / "student" / language / f"{assignment.name}.ipynb").read_text("utf-8"))
+    solution = json.loads((folder / "solution" / language / f"{assignment.name}.ipynb").read_text("utf-8"))
+    text = "\n".join("".join(cell["source"]) for cell in student["cells"])
+    assert text.count("raise NotImplementedError") >= 3 and "classroom.check(" in text and "grader" not in text
+    assert all(cell.get("outputs", []) == [] and cell["metadata"] == {} for cell in student["cells"])
+    assert len(student["cells"]) == len(solution["cells"])
+    assert bool(re.search("[\u3400-\u9fff]", text)) == (language == "zh") and " | " not in text
+    secrets = [cell.source for cell in assignments.code_cells(assignment.cells) if assignments.tagged(cell, "solution")]
+    solved = "\n".join("".join(cell["source"]) for cell in solution["cells"])
+    for secret in secrets:
+        assert secret not in text and secret.split("\n")[-1] in solved
+
+
+def test_the_points_are_a_hundred(made):
+    settings, questions = grader.load_questions(made[1] / "grading")
+    assert sum(question.points for question in questions) == 100
+    assert settings["withheld"] and set(settings["title"]) == set(assignments.LANGUAGES)
+
+
+def test_a_solution_that_students_would_find_is_refused():
+    assignment = assignments.Assignment("dlinear")
+    check = next(cell for cell in assignment.cells if assignments.tagged(cell, "public"))
+    check.source += "\ntrend = longer.unfold(1, kernel_size, 1).mean(-1)  # [batch, time, variable]"
+    with pytest.raises(PageError, match="a student would find this line"):
+        assignment.notebook("en", False, repository())
+
+
+# ---- Checks
+
+
+X = torch.tensor([[1.0, 2.0, 4.0], [3.0, 5.0, 9.0]])
+
+
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        (lambda x: 2 * x, "Right."),
+        (lambda x: None, "Not written yet"),
+        (lambda x: -2 * x, "wrong sign"),
+        (lambda x: x, "one and the same factor"),
+        (lambda x: 2 * x + 1, "by the same amount"),
+        (lambda x: 2 * x.mT, "wrong axes"),
+        (lambda x: 2 * x[:1], "The shape must be [2, 3]; got [1, 3]"),
+        (lambda x: x**2, "the numbers are not"),
+        (lambda x: 2 * x / 0, "NaN or infinity"),
+        (lambda x: 2 * x.detach(), "no gradient"),
+        (lambda x: (2 * x, x), "must return 1 results; it returned 2"),
+        (lambda x: "2", "no number"),
+        (lambda x: x.nothing, "raised AttributeError"),
+        (lambda x: (x.data.mul_(2), x)[1] * 1, "writes into its input"),
+    ],
+)
+def test_a_check_says_in_what_way_an_answer_is_wrong(function, says, capsys):
+    assert classroom.check(function, X, wanted=[2 * X], gradients=True) == (says == "Right.")
+    printed = capsys.readouterr().out
+    assert says in printed and "18" not in printed  # 18 is the last of the right numbers
+    use_language("zh")
+    classroom.check(function, X, wanted=[2 * X], gradients=True)
+    assert re.search("[\u3400-\u9fff]", capsys.readouterr().out)
+
+
+def test_a_check_knows_edges(capsys):
+    want = torch.arange(1.0, 10).view(1, 9, 1)
+    got = want.clone()
+    got[:, 0] = 0
+    assert not classroom.check(lambda x: got, want, wanted=[want], axes=[("batch", "time", "variable")])
+    assert "wrong at the first and last time steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [(None, "Not filled in"), (float("nan"), "finite"), ("a", "finite"), (1e9, "cannot be right"), (3, "Noted")],
+)
+def test_a_number_is_noted_and_not_judged(answer, says, capsys):
+    assert classroom.check_number(answer, 0, 10) == (answer == 3)
+    assert says in capsys.readouterr().out
+
+
+def test_the_checks_are_short_enough_to_be_read():
+    assert len((ROOT / "mini_impl" / "classroom.py").read_text("utf-8").splitlines()) <= 200
+
+
+# ---- Numbers
+
+
+def blob(array, **more):
+    file = io.BytesIO()
+    np.save(file, array, **more)
+    return file.getvalue()
+
+
+def test_numbers_are_read_and_nothing_else_is():
+    array = np.arange(6.0).reshape(2, 3)
+    assert (grader.numbers(blob(array)) == array).all() and (grader.numbers(blob(array.T)) == array.T).all()
+    assert grader.numbers(blob(np.array(3))).shape == ()
+    huge = blob(array).replace(b"(2, 3)", b"(9**9,")
+    wrong = [b"", b"x" * 100, blob(array)[:-1], blob(array) + b"x", huge, blob(np.array(["a"])), blob(array + 1j)]
+    wrong += [blob(np.array([{}]), allow_pickle=True), blob(array).replace(b"(2, 3)", b"(-2,-3")]
+    assert [grader.numbers(text) for text in wrong] == [None] * len(wrong)
+
+
+def test_a_students_words_are_harmless():
+    assert not re.search(r"[<>|`\n\x1b]", grader.plain("<b>|\n\x1b[31m=cmd`")) and len(grader.plain("x" * 999)) == 300
+    assert grader.harmless("=1+1") == "'=1+1" and grader.harmless("Li") == "Li"
