@@ -32,6 +32,8 @@ def main() -> None:
     import numpy
     import torch
 
+    import mini_impl  # noqa: F401  # here already, so that a notebook which carries the package does not unpack it
+
     torch.set_num_threads(1)
     limit(settings)
     notebook = Notebook(numpy, torch)

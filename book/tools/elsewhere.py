@@ -30,8 +30,9 @@ ADDED = {"mini-impl", "zhplot"}  # by the set-up cell
 TOOLS = ("ipykernel", "nbval", "pytest", "pytest-xdist", "hypothesis", "beautifulsoup4", "check-jsonschema", "pyyaml")
 ALSO = {"colab": (), "oldest": ("ipywidgets",)}
 NBVAL = ("--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=300")
-# The others test the site and the set-up, which readers elsewhere do not have.
-UNIT_TESTS = ("tests", "--ignore=tests/book", "--ignore=tests/test_project.py", "--ignore=tests/test_publishing.py")
+# These test the site, the grader and the set-up, which readers and students elsewhere do not have.
+LEFT_OUT = ("tests/book", "tests/grading", "tests/test_project.py", "tests/test_publishing.py")
+UNIT_TESTS = ("tests", *(f"--ignore={path}" for path in LEFT_OUT))
 
 
 class ElsewhereError(Exception):

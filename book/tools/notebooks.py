@@ -80,11 +80,13 @@ FELL_BACK = {
 }
 MISSING = {
     "en": (
-        "This page needs the package mini_impl: run  pip install '.[zh]'  in a copy of the book, ",
-        "or take the page from the download button of the book's site, whose file carries the package.",
+        "This page needs the package mini_impl: run  pip install '.[zh]'  ",
+        "in a copy of the book, or take the page from the download button of the ",
+        "book's site, whose file carries the package.",
     ),
     "zh": (
-        "本页需要程序包 mini_impl：请在本书副本的根目录下运行 pip install '.[zh]'，",
+        "本页需要程序包 mini_impl：请在本书副本的根目录下运行 ",
+        "pip install '.[zh]'，",
         "或者用本书网站的下载按钮取得本页，下载的文件自带程序包。",
     ),
 }
@@ -127,16 +129,16 @@ class Repository(NamedTuple):
 
 
 def repository() -> Repository:
-    """What _config.yml says, which is the only place where the address stands, and the version in pyproject.toml."""
+    """The address and the branch in _config.yml, which pages go by, and the version in pyproject.toml."""
     stated = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))["repository"]
     version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     return Repository(stated["url"].rstrip("/"), f"v{version}", stated["branch"])
 
 
-def raising(halves: tuple[str, str], indent: str) -> str:
+def raising(pieces: tuple[str, ...], indent: str) -> str:
     """The lines that raise an ImportError which says this, indented but for the first."""
-    first, second = (json.dumps(half, ensure_ascii=False) for half in halves)
-    return f"raise ImportError(\n{indent}    {first}\n{indent}    {second}\n{indent}) from None"
+    lines = "".join(f"{indent}    {json.dumps(piece, ensure_ascii=False)}\n" for piece in pieces)
+    return f"raise ImportError(\n{lines}{indent}) from None"
 
 
 def setup_cell(language: str, book: Repository) -> NotebookNode:

@@ -139,11 +139,12 @@ def zipped(files: dict[str, bytes]) -> bytes:
     return made.getvalue()
 
 
-def portable(page: dict, language: str) -> dict:
-    """A page's notebook with another set-up cell, if it has any."""
+def portable(page: dict, language: str, carried: dict[str, bytes] | None = None) -> dict:
+    """A page's notebook with another set-up cell, if it has any. carried: another package than the whole one."""
     text = "\n".join("".join(cell["source"]) for cell in page["cells"])
     draws = language == "zh" and "plots" in text
-    files = package() | {f"mini_impl/assets/results/{name}.json": result_file(name) for name in results_of(text)}
+    files = dict(carried or package())
+    files |= {f"mini_impl/assets/results/{name}.json": result_file(name) for name in results_of(text)}
     if draws:
         files["chinese.ttf"] = cut(font_of_book(), words_of_package() + text)
         files["chinese-LICENSE.txt"] = distribution("zhplot").locate_file(Path(FONT).with_name("OFL.txt")).read_bytes()

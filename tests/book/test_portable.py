@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -123,6 +124,20 @@ def bare(tmp_path_factory) -> Path:
     return folder / "bin" / "python"
 
 
+@pytest.fixture(scope="module")
+def no_fonts(tmp_path_factory) -> Path:
+    """A folder of matplotlib's settings, which say that there are no fonts here but its own."""
+    folder = tmp_path_factory.mktemp("no_fonts")
+    look = [sys.executable, "-c", "import matplotlib.font_manager"]
+    subprocess.run(look, env={**os.environ, "MPLCONFIGDIR": str(folder)}, check=True)
+    (list_of_fonts,) = folder.glob("fontlist-*.json")
+    found = json.loads(list_of_fonts.read_text("utf-8"))
+    # Its own alone have paths that are relative.
+    found["ttflist"] = [font for font in found["ttflist"] if not Path(font["fname"]).is_absolute()]
+    list_of_fonts.write_text(json.dumps(found), "utf-8")
+    return folder
+
+
 # Pipes in the file system in place of ports: without a network there is not even 127.0.0.1.
 RUN = """
 import sys, nbclient, nbformat
@@ -134,8 +149,10 @@ nbformat.write(page, "ran.ipynb")
 """
 WHERE = """
 import mini_impl, socket
+from matplotlib import font_manager
 from mini_impl import plots
-print(mini_impl.__file__, mini_impl.__version__, plots.chinese_font(), len(socket.if_nameindex()))
+font = font_manager.findfont(plots.chinese_font()) if plots.chinese_font() else None
+print(mini_impl.__file__, mini_impl.__version__, font, len(socket.if_nameindex()), sep="\\n")
 """
 
 
@@ -160,17 +177,21 @@ def run_alone(python: Path, folder: Path, name: str, language: str, more: str) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "language"), [("finetuning", "en"), ("series", "zh")])
-def test_a_page_runs_alone_without_a_network(bare, tmp_path, monkeypatch, name, language):
+def test_a_page_runs_alone_without_a_network(bare, no_fonts, tmp_path, monkeypatch, name, language):
     monkeypatch.delenv("PYTHONPATH", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("MPLCONFIGDIR", str(no_fonts))
     assert run(bare, "-c", "import mini_impl", cwd=tmp_path).status == 1
     *cells, last = run_alone(bare, tmp_path, name, language, WHERE)
-    file, version, *font, networks = last.outputs[0].text.split()
-    assert re.search(r"/mini_impl-\w+/mini_impl/__init__.py$", file)
+    file, version, font, networks = last.outputs[0].text.splitlines()
+    unpacked = Path(file).parents[1]
+    assert unpacked.name.startswith("mini_impl-")
     assert f"v{version}" == tool("notebooks").repository().tag
-    assert language == "en" or font != ["None"]
+    assert font == (str(unpacked / "chinese.ttf") if language == "zh" else "None")
     assert networks == "1" or not offline(), "that of a computer with itself, which is off"
     stored, compared = nbformat.read(ROOT / "book" / language / f"{name}.ipynb", as_version=4).cells, 0
+    drawn = letters(cells, "NotoSansSC")
+    assert drawn == letters(stored, "NotoSansSC") and (drawn > 0) == (language == "zh")
     for cell, before in zip(cells, stored, strict=True):
         # A character that no font has is told of there.
         assert not [output.text for output in cell.get("outputs", []) if output.get("name") == "stderr"]
@@ -182,6 +203,12 @@ def test_a_page_runs_alone_without_a_network(bare, tmp_path, monkeypatch, name, 
 
 def words(cell) -> list:
     return [output.get("text", output.get("data", {}).get("text/plain")) for output in cell.outputs]
+
+
+def letters(cells: list, font: str) -> int:
+    """How many letters the pictures of a page have in a font, after which each is named."""
+    pictures = [output.get("data", {}).get("image/svg+xml", "") for cell in cells for output in cell.get("outputs", [])]
+    return len(re.findall(f'<use [^>]*href="#{font}-', "".join(pictures)))
 
 
 HIDE = """

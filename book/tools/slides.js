@@ -1,0 +1,58 @@
+// Spreads the sections of a chapter over slides of one size (slides.css), in the browser, which alone knows how tall a formula is.
+// What does not fit goes to a slide more under the same heading; a block that no slide holds is set smaller.
+
+const STEP = 0.94; // of the size, each time a block is still too large
+const SMALLEST = 0.5;
+
+const tooWide = (box) => box.scrollWidth > box.clientWidth;
+const overflows = (box) => tooWide(box) || box.scrollHeight > box.clientHeight;
+
+function element(tag, properties, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+}
+
+// Set a block smaller for as long as what it stands in is too full.
+function shrink(block, body, full) {
+  for (let scale = STEP; scale > SMALLEST && full(body); scale *= STEP) {
+    block.style.fontSize = `${scale}em`;
+    for (const picture of block.querySelectorAll("figure img")) picture.style.height = `${400 * scale}px`;
+  }
+}
+
+function newSlide(group, part) {
+  const heading = element("h2", { innerHTML: group.querySelector("h2").innerHTML });
+  if (part > 1) heading.append(element("small", {}, ` (${part})`));
+  const within = element("p", { innerHTML: group.querySelector("p").innerHTML });
+  const body = element("div", { className: "body" });
+  group.before(element("section", { className: "slide" }, element("header", {}, within, heading), body));
+  for (let size = 32; tooWide(heading) && size > 16; size--) heading.style.fontSize = `${size}px`;
+  return body;
+}
+
+// Returns the number of slides, and the numbers of those that hold more than fits.
+function layOut() {
+  for (const group of document.querySelectorAll(".group")) {
+    let part = 1;
+    let body = newSlide(group, part);
+    for (const block of [...group.querySelectorAll(":scope > .block")]) {
+      body.append(block);
+      shrink(block, body, tooWide); // what is merely too wide does not need a slide of its own
+      if (overflows(body) && body.childElementCount > 1) {
+        body = newSlide(group, ++part);
+        body.append(block);
+      }
+      shrink(block, body, overflows);
+    }
+    group.remove();
+  }
+  const first = document.querySelector(".title .body");
+  shrink(first, first, overflows);
+  const slides = [...document.querySelectorAll(".slide")];
+  slides.forEach((slide, index) => {
+    slide.append(element("footer", {}, element("span", {}, document.body.dataset.book), element("span", {}, `${index + 1} / ${slides.length}`)));
+  });
+  const full = slides.filter((slide) => overflows(slide) || overflows(slide.querySelector(".body")));
+  return [slides.length, full.map((slide) => slides.indexOf(slide) + 1)];
+}
