@@ -17,10 +17,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 WORKER = Path(__file__).with_name("worker.py")
-UNSHUT = (
-    "Warning: bubblewrap does not run here, so a notebook can read the files of this account and use the network. "
-    "Limits of time and memory hold. On Debian, install the package bubblewrap; else grade in a container."
-)
+BUBBLEWRAP = "On Debian, install the package bubblewrap; else grade in a container."
+UNSHUT = {  # what is said of a kind of sandbox that does not shut everything out
+    "bubblewrap": None,
+    "nobody": "Warning: bubblewrap does not run here, so notebooks run as another account: they can use the network "
+    f"and read what anybody may read. Limits of time and memory hold. {BUBBLEWRAP}",
+    "limits": "Warning: bubblewrap does not run here, so a notebook can read the files of this account and use the "
+    f"network. Limits of time and memory hold. {BUBBLEWRAP}",
+}
 NOBODY = 65534
 
 

@@ -2,7 +2,9 @@
 // What does not fit goes to a slide more under the same heading; a block that no slide holds is set smaller.
 
 const STEP = 0.94; // of the size, each time a block is still too large
-const SMALLEST = 0.5;
+const SMALLEST = 0.5; // of a block that no slide would hold
+const TOGETHER = 0.7; // of a figure, so that what it shows is said on the same slide
+const NEARLY = 0.85; // of a slide, so that its last lines need no slide more
 
 const tooWide = (box) => box.scrollWidth > box.clientWidth;
 const overflows = (box) => tooWide(box) || box.scrollHeight > box.clientHeight;
@@ -13,12 +15,14 @@ function element(tag, properties, ...children) {
   return made;
 }
 
-// Set a block smaller for as long as what it stands in is too full.
-function shrink(block, body, full) {
-  for (let scale = STEP; scale > SMALLEST && full(body); scale *= STEP) {
-    block.style.fontSize = `${scale}em`;
-    for (const picture of block.querySelectorAll("figure img")) picture.style.height = `${400 * scale}px`;
-  }
+function setSize(part, scale) {
+  part.style.fontSize = `${scale}em`;
+  for (const picture of part.querySelectorAll("figure img")) picture.style.height = `${400 * scale}px`;
+}
+
+// Set a part of a slide's body smaller for as long as the body is too full, down to the smallest size.
+function shrink(part, body, full, smallest = SMALLEST) {
+  for (let scale = STEP; scale > smallest && full(body); scale *= STEP) setSize(part, scale);
 }
 
 function newSlide(group, part) {
@@ -36,15 +40,26 @@ function layOut() {
   for (const group of document.querySelectorAll(".group")) {
     let part = 1;
     let body = newSlide(group, part);
-    for (const block of [...group.querySelectorAll(":scope > .block")]) {
+    const blocks = [...group.querySelectorAll(":scope > .block")];
+    blocks.forEach((block, index) => {
       body.append(block);
       shrink(block, body, tooWide); // what is merely too wide does not need a slide of its own
       if (overflows(body) && body.childElementCount > 1) {
-        body = newSlide(group, ++part);
-        body.append(block);
+        // A claim stays with the figure that shows it, and nothing stands on a slide more by itself if it can be helped.
+        const before = block.previousElementSibling;
+        const squeezed = block.matches(".claim") && before.querySelector("figure") ? before : body;
+        if (squeezed === before) shrink(before, body, overflows, TOGETHER);
+        else if (index === blocks.length - 1 && !block.querySelector("figure")) shrink(body, body, overflows, NEARLY);
+        if (overflows(body)) {
+          const left = body;
+          body = newSlide(group, ++part);
+          body.append(block);
+          setSize(squeezed, 1);
+          shrink(squeezed, left, overflows);
+        }
       }
       shrink(block, body, overflows);
-    }
+    });
     group.remove();
   }
   const first = document.querySelector(".title .body");

@@ -20,6 +20,7 @@ import json
 import re
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,6 +60,7 @@ WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 # What no sentence ends in: formulas, code, the addresses of links.
 CLOSED = re.compile(r"\$[^$]+\$|`[^`]+`|\]\([^)]*\)")
 SENTENCE_END = re.compile(r"(?<=[.?!])(?:(?<=\*\*)|(?:\*\*|[)\"”])?)\s+|(?<=[。？！])(?:[”）]|\*\*)?(?=[^”）*])")
+SHORT = 45  # letters; a Chinese character says as much as two or three
 GOES_ON = re.compile(r"[a-z]|其中|这里")
 
 
@@ -69,12 +71,20 @@ def set_formula(tex: str, options: dict) -> str:
 MARKDOWN = MarkdownIt("commonmark", {"html": True}).enable("table").use(dollarmath_plugin, renderer=set_formula)
 
 
+@dataclass
+class Block:
+    """What stays together on a slide, as HTML; `claim` as its kind, if it is one."""
+
+    html: str
+    kind: str = ""
+
+
 class Section(NamedTuple):
-    """A section's heading, that of the one it stands in ("" if none), and the blocks of HTML that its slides show."""
+    """A section's heading, that of the one it stands in ("" if none), and what its slides show."""
 
     title: str
     within: str
-    blocks: list[str]
+    blocks: list[Block]
 
 
 class Deck(NamedTuple):
@@ -119,6 +129,13 @@ def claim(text: str) -> str:
     return inline(" ".join([first, *rest[:1]]) if bold else first)
 
 
+def lead(text: str) -> str:
+    """The last sentence of a paragraph, before a formula; two if it says little ("So")."""
+    *others, last = sentences(text)
+    width = sum(1 + 1.5 * (sign > "\u2e7f") for sign in last)
+    return " ".join([*others[-1:], last]) if width < SHORT else last
+
+
 def prose(tokens: list[Token], section: Section) -> None:
     """Add what the slides take from a cell of text without headings to the section's blocks."""
     before, folded, cut_here = "", 0, False
@@ -129,30 +146,31 @@ def prose(tokens: list[Token], section: Section) -> None:
             continue
         elif token.type in ("math_block", "math_block_label"):
             shown = f'<div class="math">{MARKDOWN.renderer.render([token], MARKDOWN.options, {})}</div>'
-            said = sentences(before)[-1] if before else ""
-            section.blocks.append((f"<p>{inline(said)}</p>" if said else "") + shown)
+            said = f"<p>{inline(lead(before))}</p>" if before else ""
+            section.blocks.append(Block(said + shown))
             before, cut_here = "", True
         elif token.type == "inline":
             text, top = token.content, tokens[place - 1].type == "paragraph_open" and token.level == 1
             if cut_here and top and GOES_ON.match(text):
-                section.blocks[-1] += f"<p>{inline(sentences(text)[0])}</p>"
+                section.blocks[-1].html += f"<p>{inline(sentences(text)[0])}</p>"
             if top and text.startswith("**"):
-                section.blocks.append(f"<p>{claim(text)}</p>")
+                section.blocks.append(Block(f"<p>{claim(text)}</p>", "claim"))
                 before = text if len(sentences(text)) > 2 else ""
             else:
                 before = text
             cut_here = False
 
 
-def figure(picture: str, alt: str) -> str:
-    return f'<figure><img src="{picture}" alt="{html.escape(alt)}"><figcaption>{html.escape(alt)}</figcaption></figure>'
+def figure(picture: str, alt: str) -> Block:
+    alt = html.escape(alt)
+    return Block(f'<figure><img src="{picture}" alt="{alt}"><figcaption>{alt}</figcaption></figure>')
 
 
-def shown_by(cell: dict, page: dict) -> list[str]:
+def shown_by(cell: dict, page: dict) -> list[Block]:
     """The blocks that a code cell gives: its code if it builds a part of the package, its pictures, its tables."""
     tags, blocks = cell["metadata"].get("tags", []), []
     if "builds" in cell["metadata"]:
-        blocks.append(highlight("".join(cell["source"]), PythonLexer(), HtmlFormatter()))
+        blocks.append(Block(highlight("".join(cell["source"]), PythonLexer(), HtmlFormatter())))
     for output in cell["outputs"]:
         data = output.get("data", {})
         if svg := "".join(data.get("image/svg+xml", "")):
@@ -166,7 +184,7 @@ def shown_by(cell: dict, page: dict) -> list[str]:
             blocks.append(figure(source, alt))
         elif table := "".join(data.get("text/html", "")):
             if "hide-input" in tags or "<caption" in table:
-                blocks.append(table)
+                blocks.append(Block(table))
     return blocks
 
 
@@ -211,7 +229,7 @@ def deck(page: dict, language: str) -> Deck:
             sections.append(Section(inline(words), inline(within), []))
             within = words if tokens[start].tag == "h2" else within
             if name == "five-lines":
-                sections[-1].blocks.append(lines(rest))
+                sections[-1].blocks.append(Block(lines(rest)))
                 skip = True
             elif not skip:
                 prose(rest, sections[-1])
@@ -225,7 +243,7 @@ def as_html(slides: Deck, language: str, style: str) -> str:
     """The document that slides.js lays out."""
     groups = "\n".join(
         f'<section class="group"><h2>{one.title}</h2><p>{one.within or inline(slides.title)}</p>'
-        + "".join(f'<div class="block">{block}</div>' for block in one.blocks)
+        + "".join(f'<div class="block {block.kind}">{block.html}</div>' for block in one.blocks)
         + "</section>"
         for one in slides.sections
     )
