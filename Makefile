@@ -35,7 +35,7 @@ check: .venv/test ## the checks that take seconds: style, set-up, and whether th
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/python book/tools/notebooks.py --check
-	.venv/bin/pytest -q -m "not slow" tests/test_project.py
+	.venv/bin/pytest -q -m "not slow" tests/test_project.py tests/test_publishing.py
 
 notebooks: .venv/book ## make the notebooks from book/src and run those that changed (ALL=1: run all)
 	.venv/bin/python book/tools/notebooks.py $(if $(ALL),--all)

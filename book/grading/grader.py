@@ -465,24 +465,21 @@ def grade_folder(
             list(pool.map(one, [name for name in notebooks if name not in done]))
     finally:
         shutil.rmtree(package, ignore_errors=True)
-    finish(out, assignment, done)
+    finish(out, assignment, questions, done)
     return done
 
 
-def finish(out: Path, assignment: dict, done: dict[str, dict]) -> None:
+def finish(out: Path, assignment: dict, questions: Sequence[Question], done: dict[str, dict]) -> None:
     """Write all files again from memory, when every student's process is gone: none can have written them over."""
     table = io.StringIO()
     rows = csv.writer(table)
-    parts: list[str] = []
-    for results in done.values():
-        parts = parts or [f"{number + 1}" for number in range(len(results["tests"]))]
-    rows.writerow(["name", "score", *parts])
+    rows.writerow(["name", "score", *(f"{each.part}: {each.title.en} {each.title.zh}" for each in questions)])
     for name, results in sorted(done.items()):
         rows.writerow([harmless(name), f"{results['score']:g}", *(f"{test['score']:g}" for test in results["tests"])])
         write(out / "results" / f"{name}.json", json.dumps(results, ensure_ascii=False, indent=1))
         title = assignment["title"][results["extra_data"]["language"]]
         write(out / "reports" / f"{name}.md", report(name, title, results))
-    write(out / "scores.csv", table.getvalue())
+    write(out / "scores.csv", "\ufeff" + table.getvalue())  # by that mark Excel knows UTF-8
 
 
 def main() -> int:

@@ -73,7 +73,8 @@ def make_environment(folder: Path, kind: str) -> Path:
     packages = [*wanted(kind), *TOOLS, *ALSO[kind]]
     if not stamp.exists() or stamp.read_text() != "\n".join(packages):
         call(find_python(PYTHON[kind]), "-m", "venv", "--clear", folder)
-        call(python, "-m", "pip", "install", "--quiet", *packages)
+        # Most of these files are never imported, so none is compiled before it is.
+        call(python, "-m", "pip", "install", "--quiet", "--no-compile", *packages)
         stamp.write_text("\n".join(packages))
     call(python, "-m", "pip", "uninstall", "--quiet", "--yes", *ADDED)
     return python

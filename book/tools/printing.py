@@ -1,7 +1,7 @@
 """Chromium, which prints the slides (slides.py) and the book (pdf.py): how it is started, and its fonts.
 
-Everything that it loads lies on the disk. It brings no font of the system into a PDF, so that a PDF is the same wherever
-it is made: the fonts are those that the Python packages zhplot and Matplotlib carry.
+Everything that it loads lies on the disk, fonts too: those that the Python packages zhplot and Matplotlib carry. So a
+PDF is the same wherever it is made, and needs no Chinese font of the system.
 """
 
 import shutil
@@ -42,7 +42,7 @@ class PrintError(Exception):
 
 
 def write_fonts(folder: Path) -> str:
-    """Put the Chinese font into a folder. Returns CSS that names it and the others: Book Sans, Book Serif, Book Mono."""
+    """Put the Chinese font into a folder. Returns CSS that names all: Book Sans (it), Book Serif, Book Mono."""
     font = TTFont(distribution("zhplot").locate_file(NOTO), lazy=True, recalcTimestamp=False)
     for table in font["cmap"].tables:
         for code in [code for code in table.cmap if any(code in codes for codes in LOOKALIKES)]:

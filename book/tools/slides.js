@@ -43,7 +43,7 @@ function layOut() {
     const blocks = [...group.querySelectorAll(":scope > .block")];
     blocks.forEach((block, index) => {
       body.append(block);
-      shrink(block, body, tooWide); // what is merely too wide does not need a slide of its own
+      shrink(block.querySelector(".display, table, pre") ?? block, body, tooWide); // it needs no slide of its own
       if (overflows(body) && body.childElementCount > 1) {
         // A claim stays with the figure that shows it, and nothing stands on a slide more by itself if it can be helped.
         const before = block.previousElementSibling;

@@ -6,7 +6,8 @@ Nothing on them is written by hand. By rule they take from a chapter's notebook,
 - every numbered or displayed formula, with the sentence before it, and the one after it if that goes on ("where ...");
 - every figure, with its description as a caption; of a slider, the picture that it begins with;
 - every claim, which is a paragraph that begins in bold: what is bold, and one sentence more;
-- every cell that builds a part of the package, and every table that stands for itself: without its code, or captioned;
+- every cell that builds a part of the package, and every table that stands for itself (its code
+  folded, or captioned), with two sentences before it;
 - the closing lines.
 
 Exercises and sources stay out. What is too much for one slide goes on in the next; what is too large for one is set
@@ -51,6 +52,7 @@ from still import first_picture
 
 STYLE = Path(__file__).with_name("slides.css")
 SCRIPT = Path(__file__).with_name("slides.js")
+MATHJAX_OPTIONS = "{options: {enableMenu: false}, chtml: {matchFontHeight: false, scale: 1.1}}"
 LICENCE = {"en": "Text: CC BY 4.0", "zh": "文字：CC BY 4.0"}
 # The paragraphs of the box that the first slide shows, by what is bold in them. The last gives the time alone.
 BOX = {"en": ("The question", "Afterwards you can", "Time"), "zh": ("本章的问题", "读完之后", "时间")}
@@ -59,13 +61,14 @@ WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 # What no sentence ends in: formulas, code, the addresses of links.
 CLOSED = re.compile(r"\$[^$]+\$|`[^`]+`|\]\([^)]*\)")
-SENTENCE_END = re.compile(r"(?<=[.?!])(?:(?<=\*\*)|(?:\*\*|[)\"”])?)\s+|(?<=[。？！])(?:[”）]|\*\*)?(?=[^”）*])")
+SENTENCE_END = re.compile(r"(?<=[.?!])(?:(?<=\*\*)|(?:\*\*|[)\"”])?)\s+|(?<=[。？！])(?:[”）]|\*\*)?(?=[^”）*，、；])")
 SHORT = 45  # letters; a Chinese character says as much as two or three
 GOES_ON = re.compile(r"[a-z]|其中|这里")
 
 
 def set_formula(tex: str, options: dict) -> str:
-    return r"\[{}\]".format(html.escape(tex)) if options["display_mode"] else rf"\({html.escape(tex)}\)"
+    tex = html.escape(tex)
+    return rf"\[{tex}\]" if options["display_mode"] else rf"\({tex}\)"
 
 
 MARKDOWN = MarkdownIt("commonmark", {"html": True}).enable("table").use(dollarmath_plugin, renderer=set_formula)
@@ -122,43 +125,46 @@ def sentences(text: str) -> list[str]:
     return [re.sub(r"\x00(\d+)\x00", lambda m: hidden[int(m[1])], one) for one in found if one]
 
 
-def claim(text: str) -> str:
-    """What is bold at the beginning of a paragraph, and the sentence after it."""
-    first, *rest = sentences(text)
-    bold = re.match(r"\*\*.+?\*\*[.。：:]?$", first)
-    return inline(" ".join([first, *rest[:1]]) if bold else first)
+def joined(parts: list[str]) -> str:
+    """Sentences as a paragraph; after a Chinese one comes no space."""
+    return "".join(one if re.search(r"[。？！”）]\*{0,2}$", one) else f"{one} " for one in parts).strip()
 
 
-def lead(text: str) -> str:
-    """The last sentence of a paragraph, before a formula; two if it says little ("So")."""
-    *others, last = sentences(text)
-    width = sum(1 + 1.5 * (sign > "\u2e7f") for sign in last)
-    return " ".join([*others[-1:], last]) if width < SHORT else last
+def claim(parts: list[str]) -> list[str]:
+    """Of a paragraph's sentences, what is bold at the beginning, and the sentence after it."""
+    return parts[: 2 if re.fullmatch(r"\*\*[^*]+\*\*[.。：:]?", parts[0]) else 1]
 
 
-def prose(tokens: list[Token], section: Section) -> None:
-    """Add what the slides take from a cell of text without headings to the section's blocks."""
-    before, folded, cut_here = "", 0, False
+def lead(parts: list[str], least: int = 1) -> str:
+    """The last sentence of a paragraph, as HTML; one more if it says little ("So")."""
+    width = sum(1 + 1.5 * (sign > "\u2e7f") for sign in parts[-1]) if parts else 0
+    said = joined(parts[-max(least, 1 + (width < SHORT)) :])
+    return f"<p>{inline(said)}</p>" if said else ""
+
+
+def prose(tokens: list[Token], section: Section) -> list[str]:
+    """Add what the slides take from text without headings. Returns the sentences at its end that they do not show."""
+    before, folded, cut_here = [], 0, False
     for place, token in enumerate(tokens):
         if token.type == "html_block":
             folded += token.content.count("<details") - token.content.count("</details")
         elif folded:
             continue
         elif token.type in ("math_block", "math_block_label"):
-            shown = f'<div class="math">{MARKDOWN.renderer.render([token], MARKDOWN.options, {})}</div>'
-            said = f"<p>{inline(lead(before))}</p>" if before else ""
-            section.blocks.append(Block(said + shown))
-            before, cut_here = "", True
+            shown = f'<div class="display">{MARKDOWN.renderer.render([token], MARKDOWN.options, {})}</div>'
+            section.blocks.append(Block(lead(before) + shown))
+            before, cut_here = [], True
         elif token.type == "inline":
-            text, top = token.content, tokens[place - 1].type == "paragraph_open" and token.level == 1
-            if cut_here and top and GOES_ON.match(text):
-                section.blocks[-1].html += f"<p>{inline(sentences(text)[0])}</p>"
-            if top and text.startswith("**"):
-                section.blocks.append(Block(f"<p>{claim(text)}</p>", "claim"))
-                before = text if len(sentences(text)) > 2 else ""
-            else:
-                before = text
+            parts, top = sentences(token.content), tokens[place - 1].type == "paragraph_open" and token.level == 1
+            before = parts
+            if cut_here and top and GOES_ON.match(parts[0]):
+                section.blocks[-1].html += f"<p>{inline(parts[0])}</p>"
+                before = parts[1:]
+            elif top and parts[0].startswith("**"):
+                section.blocks.append(Block(f"<p>{inline(joined(claim(parts)))}</p>", "claim"))
+                before = parts[len(claim(parts)) :]
             cut_here = False
+    return before
 
 
 def figure(picture: str, alt: str) -> Block:
@@ -166,8 +172,11 @@ def figure(picture: str, alt: str) -> Block:
     return Block(f'<figure><img src="{picture}" alt="{alt}"><figcaption>{alt}</figcaption></figure>')
 
 
-def shown_by(cell: dict, page: dict) -> list[Block]:
-    """The blocks that a code cell gives: its code if it builds a part of the package, its pictures, its tables."""
+def shown_by(cell: dict, page: dict, before: list[str]) -> list[Block]:
+    """What a code cell gives: its code if it builds a part of the package, its pictures, its tables.
+
+    before: the sentences before the cell, the last of which introduce a table.
+    """
     tags, blocks = cell["metadata"].get("tags", []), []
     if "builds" in cell["metadata"]:
         blocks.append(Block(highlight("".join(cell["source"]), PythonLexer(), HtmlFormatter())))
@@ -182,9 +191,8 @@ def shown_by(cell: dict, page: dict) -> list[Block]:
                 r'src="([^"]*)" alt="(.*)" />$', first_picture(models, data[WIDGET_VIEW]["model_id"])
             ).groups()
             blocks.append(figure(source, alt))
-        elif table := "".join(data.get("text/html", "")):
-            if "hide-input" in tags or "<caption" in table:
-                blocks.append(Block(table))
+        elif (table := "".join(data.get("text/html", ""))) and ("hide-input" in tags or "<caption" in table):
+            blocks.append(Block(("" if "<caption" in table else lead(before, 2)) + table))
     return blocks
 
 
@@ -209,16 +217,17 @@ def opening(tokens: list[Token], language: str) -> list[str]:
 def deck(page: dict, language: str) -> Deck:
     """The slides of a notebook that has a section `exercises`."""
     ids, within = iter(page["metadata"]["headings"]), ""
-    title, box, sections, skip = "", [], [], False
+    title, box, sections, before, skip = "", [], [], [], False
     for cell in page["cells"]:
         if cell["cell_type"] == "code":
-            if not skip:
-                sections[-1].blocks.extend(shown_by(cell, page))
+            if not skip and (blocks := shown_by(cell, page, before)):
+                sections[-1].blocks.extend(blocks)
+                before = []
             continue
         tokens = MARKDOWN.parse("".join(cell["source"]))
         starts = [place for place, token in enumerate(tokens) if token.type == "heading_open"]
         if not skip and sections:
-            prose(tokens[: starts[0] if starts else None], sections[-1])
+            before = prose(tokens[: starts[0] if starts else None], sections[-1])
         for start, end in zip(starts, [*starts[1:], None], strict=False):
             name, words, rest = next(ids), tokens[start + 1].content, tokens[start + 3 : end]
             skip = name in END
@@ -232,7 +241,7 @@ def deck(page: dict, language: str) -> Deck:
                 sections[-1].blocks.append(Block(lines(rest)))
                 skip = True
             elif not skip:
-                prose(rest, sections[-1])
+                before = prose(rest, sections[-1])
     return Deck(title, box, [section for section in sections if section.blocks])
 
 
@@ -251,7 +260,8 @@ def as_html(slides: Deck, language: str, style: str) -> str:
     return f"""<!DOCTYPE html>
 <html lang="{TAGS[language]}"><head><meta charset="utf-8"><title>{html.escape(slides.title)} · {BOOK[language]}</title>
 <style>{style}</style>
-<script>window.MathJax = {{options: {{enableMenu: false}}}}</script><script defer src="{MATHJAX.as_uri()}"></script>
+<script>window.MathJax = {MATHJAX_OPTIONS}</script>
+<script defer src="{MATHJAX.as_uri()}"></script>
 <script>{SCRIPT.read_text("utf-8")}</script></head>
 <body data-book="{BOOK[language]} · {LICENCE[language]}">
 <section class="slide title"><h1>{inline(slides.title)}</h1><div class="body">{box}</div></section>
@@ -269,7 +279,9 @@ def lay_out(page: Page, path: Path) -> int:
 
 def chapters() -> list[str]:
     """The pages that have exercises, and so the form of a chapter."""
-    return sorted(path.stem for path in (ROOT / "book" / "src").glob("*.md") if '"exercises"]}' in path.read_text("utf-8"))
+    return sorted(
+        path.stem for path in (ROOT / "book" / "src").glob("*.md") if '"exercises"]}' in path.read_text("utf-8")
+    )
 
 
 def make(page: Page, name: str, language: str, style: str, work: Path, out: Path) -> int:
@@ -290,7 +302,9 @@ def stylesheet(work: Path) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("chapters", nargs="*", metavar="NAME", help="a chapter, book/src/NAME.md (default: all)")
-    parser.add_argument("--out", type=Path, default=ROOT / "_build" / "slides", help="a folder (default: _build/slides)")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "_build" / "slides", help="a folder (default: _build/slides)"
+    )
     arguments = parser.parse_args()
     if unknown := sorted(set(arguments.chapters) - set(chapters())):
         parser.error(f"no chapter {', '.join(unknown)}; the chapters are {', '.join(chapters())}")
