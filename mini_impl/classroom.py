@@ -57,7 +57,10 @@ def check(
     gradients: whether the results must have gradients by the tensors among the inputs.
     Returns whether all was right; never raises.
     """
-    given = [x.detach().clone().requires_grad_(gradients) if isinstance(x, Tensor) else x for x in inputs]
+    given = [x.detach().clone() if isinstance(x, Tensor) else x for x in inputs]
+    for x in given:
+        if gradients and isinstance(x, Tensor) and x.is_floating_point():
+            x.requires_grad_()
     try:
         results = function(*given)
     except NotImplementedError:

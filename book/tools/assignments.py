@@ -118,8 +118,11 @@ class Assignment:
         """Of each function that students write, the solution's cell."""
         solutions = [cell.source for cell in code_cells(self.cells) if tagged(cell, "solution")]
         defined = {match[1]: cell for cell in solutions if (match := re.search(r"^def (\w+)", cell, re.MULTILINE))}
-        if sorted(defined) != sorted(self.tested["needed"]):
-            raise self.error(f"`needed` names the first function of each solution; got {sorted(self.tested['needed'])}")
+        defined = {name: cell for name, cell in defined.items() if name in self.tested["needed"]}
+        if missing := sorted(set(self.tested["needed"]) - set(defined)):
+            raise self.error(
+                f"`needed` names the first function of a solution; there is none that begins with {missing}"
+            )
         return defined
 
     @property
