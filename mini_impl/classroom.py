@@ -39,20 +39,25 @@ DETACHED = Words(
     "(.item(), .detach(), .numpy(), torch.tensor(..) or no_grad).",
     "数值正确，但梯度传不回去：某一处把结果与输入断开了（.item()、.detach()、.numpy()、torch.tensor(..) 或 no_grad）。",
 )
+EARLIER = Words(
+    "This check needs an earlier exercise, which is not written yet, or fails.",
+    "这里的检查要用到前面的题，而前面的题还没有写，或者运行出错。",
+)
 WRITTEN_OVER = Words("It writes into its input: make a new tensor instead.", "函数改写了自己的输入：请新建一个张量。")
 
 
 def check(
     function: Callable[..., Any],
     *inputs: Any,
-    wanted: Sequence[Any],
+    wanted: Sequence[Any] | Callable[[], Sequence[Any]],
     axes: Sequence[Sequence[str]] | None = None,
     names: Sequence[str] | None = None,
     gradients: bool = False,
 ) -> bool:
     """Call a student's function with a small example; print what is wrong with its results, or that they are right.
 
-    inputs: tensors and numbers. wanted: the results by hand, one for each tensor that the function returns.
+    inputs: tensors and numbers. wanted: the results by hand, one for each tensor that the function returns; or a
+    function that computes them from earlier exercises.
     axes: the names of each result's axes; one called "time" has edges. names: what the results are called.
     gradients: whether the results must have gradients by the tensors among the inputs.
     Returns whether all was right; never raises.
@@ -69,6 +74,10 @@ def check(
         return told(failed(type(error).__name__, str(error)))
     if results is None:
         return told(NOTHING)
+    try:
+        wanted = wanted() if callable(wanted) else wanted
+    except Exception:
+        return told(EARLIER)
     results = list(results) if isinstance(results, (tuple, list)) else [results]
     wrong = diagnose([numbers(result) for result in results], [numbers(value) for value in wanted], axes, names)
     pairs = zip(given, inputs, strict=True)

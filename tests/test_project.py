@@ -357,8 +357,14 @@ def test_ci_installs_what_is_missing_and_runs_the_tests(project, missing):
     project.program("bin/apt-get", 'echo apt-get "$@" >> calls; test -e called || { touch called; exit 1; }')
     environment = {"PATH": str(project.folder / "bin")}
     subprocess.run([project.folder / ".ci" / "run"], cwd="/", env=environment, check=True, capture_output=True)
-    *installs, real_model, last = project.calls()
-    assert real_model == "make real-model with CI=true" and last == "make test with CI=true"
+    installs = [call for call in project.calls() if call.startswith("apt-get")]
+    made = [call.removesuffix(" with CI=true") for call in project.calls()[len(installs) :]]
+    assert made[:2] == ["make real-model", "make test"]
+    for kind in ("colab", "oldest"):
+        (part,) = [call for call in made if call.startswith(f"make {kind} ")]
+        pages = re.fullmatch(rf"make {kind} PAGES=(.+) QUICK=1", part)[1].split()
+        assert pages and all((ROOT / "book" / "src" / f"{page}.md").exists() for page in pages)
+        assert README.count(f'`make {kind} PAGES="{" ".join(pages)}" QUICK=1`') == 2, "both languages say which part"
     assert [call.split()[2] for call in installs] == (["update", "update", "install"] if missing else [])
     assert not missing or installs[-1].endswith(" ".join(["--no-install-recommends", *missing]))
 
