@@ -10,7 +10,7 @@ ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 fail = { echo "$(1)" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help book test test-classroom check notebooks portable colab oldest assignments grade reproduce serve bench kernels gpu fuzz kill golden real-model constraints clean distclean
+.PHONY: help book test test-classroom check notebooks portable slides pdf colab oldest assignments grade reproduce serve bench kernels gpu fuzz kill golden real-model constraints clean distclean
 .NOTPARALLEL:
 
 help: ## list these commands
@@ -53,6 +53,14 @@ reproduce: .venv/book ## compute the figures in book/results again, or go on wit
 
 portable: .venv/book ## make a file of each page that runs alone and offline: dist/en/NAME.ipynb and dist/zh/NAME.ipynb
 	.venv/bin/python book/tools/portable.py
+
+slides: .venv/test ## make the slides of each chapter for a lecture: _build/slides/en/NAME.pdf and zh (needs Chromium)
+	.venv/bin/python book/tools/assets.py
+	.venv/bin/python book/tools/slides.py
+
+pdf: .venv/test ## print the site, which make book builds, as a book: dist/book-en.pdf and dist/book-zh.pdf (needs Chromium)
+	.venv/bin/python book/tools/assets.py
+	.venv/bin/python book/tools/pdf.py
 
 colab: .venv/book ## run every page and the tests as on Colab (PAGES="dlinear sft" QUICK=1: these and no slow tests)
 	.venv/bin/python book/tools/elsewhere.py colab $(PAGES) $(if $(QUICK),--quick)

@@ -27,9 +27,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from printing import (
     BOOK,
+    EDITIONS,
     LANGUAGES,
     MATHJAX,
     ROOT,
+    SETTINGS,
     TAGS,
     PrintError,
     browser_page,
@@ -51,18 +53,19 @@ WORDS = {
         "contents": "目录",
         "solutions": "解答",
         "slider": "网站上可以用滑块切换多张图，此处是第一张。",
-        "about": "版本 {version}，{date} 年。{authors}。<br>文字采用 CC BY 4.0 许可，代码采用 MIT 许可。<br>"
+        "about": "版本 {version}，{date}。{authors}。<br>文字采用 CC BY 4.0 许可，代码采用 MIT 许可。<br>"
         "网站上折叠的代码（读取数据、绘图）此处略去；习题解答在每章末尾。",
     },
 }
 # As on the site's pages: formulas stand in elements of the class `math` alone.
 MATHJAX_OPTIONS = '{options: {enableMenu: false, processHtmlClass: "math"}}'
-# What is wider than the paper is set smaller, in the browser, which alone knows how wide it is.
+# What is too wide for the paper, which only the browser knows, is wrapped if it is a table, and else set smaller.
 FIT = """() => {
   const width = document.body.clientWidth, wide = [];
   for (const box of document.querySelectorAll("div.math, table")) {
     const inner = box.matches("table") ? box : box.querySelector("mjx-container");
     const own = () => Math.max(inner.scrollWidth, inner.getBoundingClientRect().width);
+    if (own() > width + 1) box.classList.add("wrapped");
     for (let scale = 0.95; own() > width + 1 && scale > 0.45; scale *= 0.95) box.style.fontSize = `${scale}em`;
     if (own() > width + 1) wide.push(box.textContent.trim().slice(0, 60));
   }
@@ -163,8 +166,7 @@ def about(language: str) -> str:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
     date = cited.get("date-released") or cited["preferred-citation"]["year"]
-    settings = yaml.safe_load((ROOT / "_config.yml").read_text("utf-8"))
-    authors = settings["sphinx"]["config"]["editions"][language].get("author", settings["author"])
+    authors = EDITIONS[language].get("author", SETTINGS["author"])
     return WORDS[language]["about"].format(version=project["version"], date=date, authors=authors)
 
 

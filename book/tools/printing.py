@@ -11,13 +11,16 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import matplotlib
+import yaml
 from fontTools.ttLib import TTFont
 from playwright.sync_api import Page, sync_playwright
 
 ROOT = Path(__file__).parents[2]
 LANGUAGES = ("en", "zh")
 TAGS = {"en": "en", "zh": "zh-CN"}
-BOOK = {"en": "Losses, line by line", "zh": "逐行推导损失函数"}
+SETTINGS = yaml.safe_load((ROOT / "_config.yml").read_text("utf-8"))
+EDITIONS = SETTINGS["sphinx"]["config"]["editions"]
+BOOK = {language: EDITIONS[language]["html_title"] for language in LANGUAGES}
 MATHJAX = ROOT / "book" / "assets" / "vendor" / "mathjax" / "tex-chtml-full.js"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # Only pages of our own are opened, and in a container Chromium's sandbox does not start.

@@ -59,9 +59,13 @@ BOX = {"en": ("The question", "Afterwards you can", "Time"), "zh": ("本章的�
 END = ("exercises", "sources")
 WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
-# What no sentence ends in: formulas, code, the addresses of links.
-CLOSED = re.compile(r"\$[^$]+\$|`[^`]+`|\]\([^)]*\)")
-SENTENCE_END = re.compile(r"(?<=[.?!])(?:(?<=\*\*)|(?:\*\*|[)\"”])?)\s+|(?<=[。？！])(?:[”）]|\*\*)?(?=[^”）*，、；])")
+# What no sentence ends in: formulas, code, links.
+CLOSED = re.compile(r"\$[^$]+\$|`[^`]+`|\[[^\]]*\]\([^)]*\)")
+# Bold words may end with the sentence or begin after it: both places are tried, and the one that tears none is taken.
+SENTENCE_END = re.compile(
+    r"(?<=[.?!])\s+|(?<=[.?!][)\"”])\s+|(?<=[.?!]\*\*)\s+"
+    r"|(?<=[。？！])(?=[^”），、；])|(?<=[。？！][”）])(?=[^，、；])|(?<=[。？！]\*\*)(?=[^”），、；])"
+)
 SHORT = 45  # letters; a Chinese character says as much as two or three
 GOES_ON = re.compile(r"[a-z]|其中|这里")
 
@@ -210,14 +214,14 @@ def opening(tokens: list[Token], language: str) -> list[str]:
     texts = [token.content for token in tokens if token.type == "inline"]
     question, goal, time = BOX[language]
     found = [inline(text) for text in texts if text.startswith((f"**{question}", f"**{goal}"))]
-    found += [inline("**" + text.split(f"**{time}")[1].join([time, ""])) for text in texts if f"**{time}" in text[2:]]
+    found += [inline(f"**{time}" + text.split(f"**{time}")[1]) for text in texts if f"**{time}" in text]
     return found or [inline(text) for text in texts[:1]]
 
 
 def deck(page: dict, language: str) -> Deck:
     """The slides of a notebook that has a section `exercises`."""
-    ids, within = iter(page["metadata"]["headings"]), ""
-    title, box, sections, before, skip = "", [], [], [], False
+    ids = iter(page["metadata"]["headings"])
+    title, within, box, sections, before, skip = "", "", [], [], [], False
     for cell in page["cells"]:
         if cell["cell_type"] == "code":
             if not skip and (blocks := shown_by(cell, page, before)):
@@ -231,12 +235,11 @@ def deck(page: dict, language: str) -> Deck:
         for start, end in zip(starts, [*starts[1:], None], strict=False):
             name, words, rest = next(ids), tokens[start + 1].content, tokens[start + 3 : end]
             skip = name in END
-            if tokens[start].tag == "h1":
-                title, box, words, within = words, opening(rest, language), words, ""
-            elif tokens[start].tag == "h2":
-                within = ""
-            sections.append(Section(inline(words), inline(within), []))
-            within = words if tokens[start].tag == "h2" else within
+            tag = tokens[start].tag
+            if tag == "h1":
+                title, box = words, opening(rest, language)
+            sections.append(Section(inline(words), inline(within) if tag == "h3" else "", []))
+            within = words if tag == "h2" else within
             if name == "five-lines":
                 sections[-1].blocks.append(Block(lines(rest)))
                 skip = True
