@@ -274,7 +274,7 @@ class Submissions:
         search = f"""
         import importlib, pkgutil, mini_impl
         names = [module.name for module in pkgutil.walk_packages(mini_impl.__path__, "mini_impl.")]
-        names += ["mini_impl." + name for name in {self.source.settings["withheld"]}]
+        names += ["mini_impl." + name.partition(":")[0] for name in {self.source.settings["withheld"]}]
         for name in names:
             try:
                 module = importlib.import_module(name)
@@ -289,7 +289,8 @@ class Submissions:
     @cached_property
     def shut_out(self) -> Scored:
         """What only a sandbox stands against: done where bubblewrap runs, and nowhere else."""
-        files = [f"mini_impl/{name.replace('.', '/')}.py" for name in self.source.settings["withheld"]]
+        modules = [name.partition(":")[0].replace(".", "/") for name in self.source.settings["withheld"]]
+        files = [f"mini_impl/{module}.py" for module in modules]
         files += ["questions.py", "grading/questions.py", f"book/assignments/{self.source.name}.md"]
         return {
             "files": (

@@ -18,7 +18,8 @@ sys.path[:0] = [str(ROOT / "book" / "grading"), str(ROOT / "book" / "tools")]
 
 import assignments  # noqa: E402
 import grader  # noqa: E402
-from notebooks import PageError, repository  # noqa: E402
+from notebooks import PageError, repository
+from stripped import strip  # noqa: E402
 
 
 @pytest.fixture(scope="module", params=assignments.names())
@@ -56,6 +57,16 @@ def test_a_solution_that_students_would_find_is_refused():
     check.source += "\ntrend = longer.unfold(1, kernel_size, 1).mean(-1)  # [batch, time, variable]"
     with pytest.raises(PageError, match="a student would find this line"):
         assignment.notebook("en", False, repository())
+
+
+def test_what_is_withheld_is_gone_and_the_rest_is_there(tmp_path):
+    strip(ROOT / "mini_impl", tmp_path, ["forecasting.dlinear", "losses:orthogonality"])
+    assert not (tmp_path / "mini_impl" / "forecasting" / "dlinear.py").exists()
+    losses = (tmp_path / "mini_impl" / "losses.py").read_text("utf-8")
+    assert "def orthogonality(" not in losses and "def _orthogonality(" in losses and "def kl_from_uniform(" in losses
+    for name in ("forecasting.nothing", "losses:nothing"):
+        with pytest.raises(ValueError, match=f"withheld must name .*; got '{name}'"):
+            strip(ROOT / "mini_impl", tmp_path / name, [name])
 
 
 # ---- Checks
