@@ -3,6 +3,7 @@ PYTHON ?= python3
 PORT ?= 8000
 ASSIGNMENT ?= dlinear
 OUT ?= _build/grades
+TESTS ?= all
 TESTED = import sys, pip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 # Two workers share two cores: more threads in each would only wait for one another.
 ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
@@ -62,11 +63,11 @@ pdf: .venv/test ## print the site, which make book builds, as a book: dist/book-
 	.venv/bin/python book/tools/assets.py
 	.venv/bin/python book/tools/pdf.py
 
-colab: .venv/book ## run every page and the tests as on Colab (PAGES="dlinear sft" QUICK=1: these and no slow tests)
-	.venv/bin/python book/tools/elsewhere.py colab $(PAGES) $(if $(QUICK),--quick)
+colab: .venv/book ## run every page and the tests as on Colab (PAGES="dlinear sft" TESTS=quick, or none: a part of them)
+	.venv/bin/python book/tools/elsewhere.py colab $(PAGES) --tests $(TESTS)
 
 oldest: .venv/book ## the same with the oldest versions that pyproject.toml promises
-	.venv/bin/python book/tools/elsewhere.py oldest $(PAGES) $(if $(QUICK),--quick)
+	.venv/bin/python book/tools/elsewhere.py oldest $(PAGES) --tests $(TESTS)
 
 serve: ## show the built site on 127.0.0.1 (PORT=8000)
 	@test -f _build/html/index.html || $(call fail,There is no site to show yet: make book builds it.)

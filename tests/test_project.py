@@ -362,9 +362,9 @@ def test_ci_installs_what_is_missing_and_runs_the_tests(project, missing):
     assert made[:2] == ["make real-model", "make test"]
     for kind in ("colab", "oldest"):
         (part,) = [call for call in made if call.startswith(f"make {kind} ")]
-        pages = re.fullmatch(rf"make {kind} PAGES=(.+) QUICK=1", part)[1].split()
-        assert pages and all((ROOT / "book" / "src" / f"{page}.md").exists() for page in pages)
-        assert README.count(f'`make {kind} PAGES="{" ".join(pages)}" QUICK=1`') == 2, "both languages say which part"
+        pages, tests = re.fullmatch(rf"make {kind} PAGES=(.+) TESTS=(\w+)", part).groups()
+        assert all((ROOT / "book" / "src" / f"{page}.md").exists() for page in pages.split())
+        assert README.count(f'`make {kind} PAGES="{pages}" TESTS={tests}`') == 2, "both languages say which part"
     assert [call.split()[2] for call in installs] == (["update", "update", "install"] if missing else [])
     assert not missing or installs[-1].endswith(" ".join(["--no-install-recommends", *missing]))
 

@@ -6,7 +6,8 @@
 Each page is run as a reader on Colab runs it: its notebook alone in an empty folder, in an environment that has no
 mini_impl until the set-up cell of the first page installs it, from a repository that is made of this copy of the book.
 That cell may add the package and its Chinese font, and change nothing. nbval then compares the outputs of every page
-with the stored ones, and the tests of the package run. What is printed last is "ok", or what was wrong.
+with the stored ones, and the tests of the package run: --tests says which. What is printed last is "ok", or what was
+wrong.
 """
 
 import argparse
@@ -33,6 +34,7 @@ NBVAL = ("--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=300")
 # These test the site, the grader and the set-up, which readers and students elsewhere do not have.
 LEFT_OUT = ("tests/book", "tests/grading", "tests/test_project.py", "tests/test_publishing.py")
 UNIT_TESTS = ("tests", *(f"--ignore={path}" for path in LEFT_OUT))
+PARTS = {"all": UNIT_TESTS, "quick": ("-m", "not slow", *UNIT_TESTS), "none": ()}
 
 
 class ElsewhereError(Exception):
@@ -139,7 +141,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=PYTHON, help="Colab's versions, or the oldest that are promised")
     parser.add_argument("pages", nargs="*", metavar="NAME", help="a page, book/src/NAME.md (default: every page)")
-    parser.add_argument("--quick", action="store_true", help="leave out the tests that take more than five seconds")
+    parser.add_argument("--tests", choices=PARTS, default="all", help="quick: those that take five seconds at most")
     parser.add_argument("--workers", type=int, default=2, help="how many pages or tests run at a time (default: 2)")
     parser.add_argument("--environment", type=Path, help="where it is or will be (default: _build/KIND)")
     arguments = parser.parse_args()
@@ -154,8 +156,8 @@ def main() -> int:
     try:
         python = make_environment(folder.resolve(), arguments.kind)
         run_pages(python, computing, arguments.workers)
-        slow = ["-m", "not slow"] if arguments.quick else []
-        call(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", arguments.workers, *slow, *UNIT_TESTS)
+        if tests := PARTS[arguments.tests]:
+            call(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", arguments.workers, *tests)
     except ElsewhereError as error:
         print(f"elsewhere: {error}", file=sys.stderr)
         return 1

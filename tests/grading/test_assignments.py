@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT / "book" / "grading"), str(ROOT / "book" / "tools")]
 
 import assignments  # noqa: E402
 import grader  # noqa: E402
-from notebooks import PageError, repository
+from notebooks import PageError, repository  # noqa: E402
 from stripped import strip  # noqa: E402
 
 
