@@ -39,10 +39,7 @@ DETACHED = Words(
     "(.item(), .detach(), .numpy(), torch.tensor(..) or no_grad).",
     "数值正确，但梯度传不回去：某一处把结果与输入断开了（.item()、.detach()、.numpy()、torch.tensor(..) 或 no_grad）。",
 )
-EARLIER = Words(
-    "This check needs an earlier exercise, which is not written yet, or fails.",
-    "这里的检查要用到前面的题，而前面的题还没有写，或者运行出错。",
-)
+EARLIER = Words("This check needs an earlier exercise first.", "这里的检查要用到前面的题，请先做完前面的题。")
 WRITTEN_OVER = Words("It writes into its input: make a new tensor instead.", "函数改写了自己的输入：请新建一个张量。")
 
 
@@ -63,9 +60,8 @@ def check(
     Returns whether all was right; never raises.
     """
     given = [x.detach().clone() if isinstance(x, Tensor) else x for x in inputs]
-    for x in given:
-        if gradients and isinstance(x, Tensor) and x.is_floating_point():
-            x.requires_grad_()
+    for x in filter(torch.is_tensor, given):
+        x.requires_grad_(gradients and x.is_floating_point())
     try:
         results = function(*given)
     except NotImplementedError:
@@ -188,6 +184,8 @@ def edges_alone(got: np.ndarray, want: np.ndarray, time: int) -> bool:
 
 def constant_factor(got: np.ndarray, want: np.ndarray) -> Words | None:
     """Words for results that are all wrong by the same factor, which is not told, or by the same amount."""
+    if want.size == 1:  # of one number there is always a factor, which would say nothing
+        return Words("Not right: look at the sums, the divisions, the weights.", "数不对：看看求和、除法和权重。")
     large = np.abs(want) > 1e-3 * np.abs(want).max()
     factors = got[large] / want[large]
     if factors.size and np.abs(factors[0]) > 1e-9 and close(got / factors[0], want):
@@ -195,6 +193,6 @@ def constant_factor(got: np.ndarray, want: np.ndarray) -> Words | None:
             "Wrong by one and the same factor: look at what the formula divides by, and at its weights.",
             "所有数值都差同一个倍数：看看公式里除以什么、权重是什么。",
         )
-    if want.size > 1 and close(got - (got - want).mean(), want):
+    if close(got - (got - want).mean(), want):
         return Words("All numbers are wrong by the same amount.", "所有数值都差同一个常数。")
     return None

@@ -24,8 +24,11 @@ import types, torch
 def like(x):
     return {result}
 before = dict(globals())
+for name in {functions}:
+    f = before[name]
+    before[name] = types.FunctionType(f.__code__, before, name, f.__defaults__)
 def cheating(function):
-    original = types.FunctionType(function.__code__, before, function.__name__, function.__defaults__)
+    original = before[function.__name__]
     def wrapped(*inputs):
         wrapped.inputs = inputs
         right = original(*inputs)

@@ -136,7 +136,7 @@ def test_the_table_and_the_reports(few):
         name.replace("=", "'="): results["score"] for name, results in done.items()
     }
     assert "正确" in report(out, "right") and "wrong sign" in report(out, "sign")
-    assert "look at what the formula divides by" in report(out, "no_half")
+    assert "look at the sums, the divisions" in report(out, "no_half")
     assert "ZeroDivisionError" in report(out, "crashing_cells")
 
 
