@@ -142,7 +142,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=PYTHON, help="Colab's versions, or the oldest that are promised")
     parser.add_argument("pages", nargs="*", metavar="NAME", help="a page, book/src/NAME.md (default: every page)")
-    parser.add_argument("--tests", choices=(*PARTS, "none"), default="all", help="quick: those that take five seconds at most")
+    parser.add_argument(
+        "--tests", choices=(*PARTS, "none"), default="all", help="quick: those that take five seconds at most"
+    )
     parser.add_argument("--workers", type=int, default=2, help="how many pages or tests run at a time (default: 2)")
     parser.add_argument("--environment", type=Path, help="where it is or will be (default: _build/KIND)")
     arguments = parser.parse_args()
