@@ -46,14 +46,14 @@ WORDS = {
         "contents": "Contents",
         "solutions": "Solutions",
         "slider": "On the site a slider chooses among several pictures; this is the first.",
-        "about": "Version {version}, {date}. {authors}.<br>Text: CC BY 4.0. Code: MIT License.<br>Left out here: the "
+        "about": "Version {version} ({date}). {authors}.<br>Text: CC BY 4.0. Code: MIT License.<br>Left out here: the "
         "code that the site folds, which loads data and draws figures. Solutions stand at the end of each chapter.",
     },
     "zh": {
         "contents": "目录",
         "solutions": "解答",
         "slider": "网站上可以用滑块切换多张图，此处是第一张。",
-        "about": "版本 {version}，{date}。{authors}。<br>文字采用 CC BY 4.0 许可，代码采用 MIT 许可。<br>"
+        "about": "版本 {version}（{date}）。{authors}。<br>文字采用 CC BY 4.0 许可，代码采用 MIT 许可。<br>"
         "网站上折叠的代码（读取数据、绘图）此处略去；习题解答在每章末尾。",
     },
 }
