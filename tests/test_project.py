@@ -395,7 +395,9 @@ def test_readme_names_only_what_exists():
     named = set(re.findall(r"`([\w./-]+)`", README)) | set(re.findall(r"\]\(([^#)]+)\)", README))
     paths = {name for name in named if "/" in name or name.endswith((".txt", ".yml", ".md"))}
     # So is what a machine with a GPU writes.
-    paths = {path for path in paths if "NAME" not in path and not path.startswith(("_build", "dist"))} - {"book/results/gpu.json"}
+    paths = {path for path in paths if "NAME" not in path and not path.startswith(("_build", "dist"))} - {
+        "book/results/gpu.json"
+    }
     assert len(paths) > 8
     assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
     assert set(re.findall(r"`make ([\w-]+)", README)) <= TARGETS
