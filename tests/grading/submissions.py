@@ -90,8 +90,15 @@ class Submissions:
             "right_alone": (self.but(), 100),
             "float32": (self.like("x.float() if x.is_floating_point() else x", answers=self.answers), 100),
             "empty": (self.handed_out, 0),
+        }
+        for number, mistake in enumerate(self.tested["mistakes"]):
+            made[f"mistake_{number}"] = (self.but(**self.source.mistaken(mistake)), 100 - mistake["lost"])
+        return made
+
+    @cached_property
+    def broken(self) -> Scored:
+        made = {
             "no_cells": ([], 0),
-            # Broken.
             "crashing_cells": (self.but(before="1 / 0", after="raise SystemExit"), 100),
             "crashing": (self.all_do("raise ValueError(inputs)"), 0),
             "leaving": (self.all_do("sys.exit(0)"), 0),
@@ -100,8 +107,6 @@ class Submissions:
         }
         for name, points in self.needed.items():
             made[f"without_{name}"] = (self.but(**{name: ""}), 100 - points)
-        for number, mistake in enumerate(self.tested["mistakes"]):
-            made[f"mistake_{number}"] = (self.but(**self.source.mistaken(mistake)), 100 - mistake["lost"])
         return made
 
     @cached_property

@@ -72,6 +72,13 @@ def test_an_honest_submission_gets_the_score_it_deserves(name, tmp_path):
 
 @classroom
 @pytest.mark.parametrize("name", NAMES)
+def test_a_broken_submission_gets_the_score_it_deserves(name, tmp_path):
+    scored = submissions(name).broken
+    check_scores(scored, graded(tmp_path, name, scored)[1])
+
+
+@classroom
+@pytest.mark.parametrize("name", NAMES)
 def test_a_cheating_submission_gets_the_score_it_deserves(name, tmp_path):
     scored = submissions(name).cheating
     check_scores(scored, graded(tmp_path, name, scored)[1])
@@ -113,8 +120,8 @@ def test_what_a_sandbox_stands_against(name, tmp_path):
 @classroom
 def test_a_class_of_a_hundred(tmp_path, capsys):
     """All in one run: its time and memory are printed."""
-    ours = submissions("dlinear")
-    each = {name: ours.honest[name] for name in ("right", "empty", "crashing", "float32", "mistake_0")}
+    ours = submissions("dlinear").honest | submissions("dlinear").broken
+    each = {name: ours[name] for name in ("right", "empty", "crashing", "float32", "mistake_0")}
     scored = {f"{name}_{number:02}": submission for number in range(20) for name, submission in each.items()}
     began = time.monotonic()
     check_scores(scored, graded(tmp_path, "dlinear", scored)[1])
@@ -128,10 +135,10 @@ def test_a_class_of_a_hundred(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    honest = submissions("dlinear").honest
+    ours = submissions("dlinear").honest | submissions("dlinear").broken
     named = {"right": "right", "sign": "mistake_5", "no_half": "mistake_1", "crashing_cells": "crashing_cells"}
     folder = tmp_path_factory.mktemp("few")
-    return folder, *graded(folder, "dlinear", {name: honest[kind] for name, kind in named.items()})
+    return folder, *graded(folder, "dlinear", {name: ours[kind] for name, kind in named.items()})
 
 
 def test_the_table_and_the_reports(few):
