@@ -60,11 +60,20 @@ class Demand(ast.NodeTransformer):
     def __init__(self):
         self.found = 0
 
-    def visit_Expr(self, node: ast.Expr) -> ast.stmt:
-        if not (isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "classroom.check"):
-            return node
+    def demanded(self, value: ast.expr) -> ast.stmt | None:
+        if not (isinstance(value, ast.Call) and ast.unparse(value.func) == "classroom.check"):
+            return None
         self.found += 1
-        return ast.Assert(node.value, None)
+        return ast.Assert(value, None)
+
+    def visit_Expr(self, node: ast.Expr) -> ast.stmt:
+        return self.demanded(node.value) or node
+
+    def visit_If(self, node: ast.If) -> ast.stmt | list[ast.stmt]:
+        """A second check may be asked for only where the first finds nothing wrong."""
+        self.generic_visit(node)
+        first = self.demanded(node.test)
+        return [first, *node.body] if first else node
 
     def visit_ExceptHandler(self, node: ast.ExceptHandler) -> ast.ExceptHandler:
         """An error that the check's cell tells the student of fails the test."""
