@@ -342,7 +342,7 @@ def test_help_lists_every_command(project):
     assert {"help", "book", "test", "serve", "notebooks", "check", "clean", "bench", "real-model"} <= TARGETS
 
 
-@pytest.mark.parametrize("missing", [[], ["chromium"], ["chromium", "npm", "python3-venv"]], ids="+".join)
+@pytest.mark.parametrize("missing", [[], ["chromium"], ["chromium", "npm", "bubblewrap", "python3-venv"]], ids="+".join)
 def test_ci_installs_what_is_missing_and_runs_the_tests(project, missing):
     shutil.copytree(ROOT / ".ci", project.folder / ".ci")
     (project.folder / "bin").mkdir()
@@ -351,15 +351,16 @@ def test_ci_installs_what_is_missing_and_runs_the_tests(project, missing):
     project.program("bin/make", 'echo make "$@" with CI=$CI >> calls')
     project.program("bin/sleep", "")
     project.program("bin/python3", f"exit {int('python3-venv' in missing)}")
-    for program in {"chromium", "npm"} - set(missing):
-        project.program(f"bin/{program}", "")
+    for package, program in {"chromium": "chromium", "npm": "npm", "bubblewrap": "bwrap"}.items():
+        if package not in missing:
+            project.program(f"bin/{program}", "")
     # The first call fails, as it does when a mirror is away for a moment.
     project.program("bin/apt-get", 'echo apt-get "$@" >> calls; test -e called || { touch called; exit 1; }')
     environment = {"PATH": str(project.folder / "bin")}
     subprocess.run([project.folder / ".ci" / "run"], cwd="/", env=environment, check=True, capture_output=True)
     installs = [call for call in project.calls() if call.startswith("apt-get")]
     made = [call.removesuffix(" with CI=true") for call in project.calls()[len(installs) :]]
-    assert made[:2] == ["make real-model", "make test"]
+    assert made[:3] == ["make real-model", "make test", "make test-classroom"]
     for kind in ("colab", "oldest"):
         (part,) = [call for call in made if call.startswith(f"make {kind} ")]
         pages, tests = re.fullmatch(rf"make {kind} PAGES=(.+) TESTS=(\w+)", part).groups()
