@@ -62,7 +62,7 @@ UNFIT = {
     # It needs float64: least squares of 290 columns.
     "not close": "dlinear.minimum",
     # It counts bytes or operations, which the pretend device has other ones of.
-    "Scalars are not close": "attention.kept_for_gradients language_model.multiplications sft.kept_memory",
+    "Scalars are not close": "attention.kept_for_gradients sft.kept_memory",
     # It gets a loss and the weights that it is of; the copies do not belong together.
     "not to have been used|not have been used": "dapo.total_of scale.gradient_of",
 }
@@ -82,7 +82,7 @@ BROKEN |= {"dlinear.minimum": "Dynamic shape operator", "gpu.bytes_of": "Unsuppo
 # What is built of sizes, texts or a generator, without a tensor that could be elsewhere; and pages without any.
 TENSORLESS = {"attention": {"layers.sinusoids"}, "patchtst": {"patchtst.random_mask"}}
 TENSORLESS |= {"scale": {"workers.rows", "workers.share"}, "sft": {"sft.supervised"}}
-NOTHING = {"forecasters", "glossary", "index", "losses", "start"}
+NOTHING = {"forecasters", "glossary", "index", "losses", "start", "teaching"}
 
 
 class Call(NamedTuple):
