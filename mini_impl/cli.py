@@ -72,14 +72,17 @@ def make_parser() -> argparse.ArgumentParser:
 def _check_files(options: argparse.Namespace) -> None:
     """Raise unless every file that is to be written can be, and is not one that is read, nor another one of them."""
     places: dict[Path, str] = {}
-    for name in (*READ, *WRITTEN):
+    kept = () if options.command in TRAININGS else ("model",)  # elsewhere a name, no file
+    for name in (*kept, *READ, *WRITTEN):
         if (path := getattr(options, name, None)) is None:
             continue
-        place = Path(path).resolve()
-        if (other := places.setdefault(place, name)) != name and not place.is_char_device():  # such as /dev/null
-            raise ValueError(f"--{other} and --{name} must be two files; got {path} for both")
+        place, option = Path(path).resolve(), "MODEL" if name in kept else f"--{name}"
+        if (
+            (other := places.setdefault(place, option)) != option and name in WRITTEN and not place.is_char_device()
+        ):  # /dev/null
+            raise ValueError(f"{other} and {option} must be two files; got {path} for both")
         if name in WRITTEN:
-            check_writable(f"--{name}", place / CONFIG if name == "adapter" else place)
+            check_writable(option, place / CONFIG if name == "adapter" else place)
 
 
 def _without_files(arguments: list[str]) -> list[str]:

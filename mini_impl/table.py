@@ -3,6 +3,7 @@
 import csv
 import gzip
 import io
+import math
 import re
 import zlib
 from collections.abc import Callable
@@ -14,14 +15,16 @@ from typing import NamedTuple
 import numpy as np
 
 TIME_NAMES = {"date", "time", "datetime", "timestamp", "日期", "时间"}
-TIME = re.compile(r"\d[-/:年]\d")
+TIME = re.compile(r"\d[-/:年]\d|\d\.\d+\.\d{4}")
 DAYS = ("%Y-%m-%d", "%Y/%m/%d", "%Y年%m月%d日", "%d.%m.%Y", "%m/%d/%Y", "%d/%m/%Y", "%Y-%m", "%Y/%m", "%Y年%m月")
 CLOCKS = ("", " %H:%M", " %H:%M:%S", " %H时", "%H时")
+UTC_FORMAT = "%Y-%m-%d %H:%M:%S+00:00"  # of what had an offset
 FORMATS = (*map("".join, product(DAYS, CLOCKS)), "%H:%M", "%H:%M:%S")
 GZIP = b"\x1f\x8b"  # how every gzip file begins, whatever its name
 UNPACKED = 2**30  # bytes that a packed file may hold: a few kilobytes of gzip can fill any memory
 LARGEST = 3.4028234663852886e38  # the largest float32
 DAY = np.timedelta64(1, "D")
+UNIX = (5e8, 4e9)  # seconds since 1970: 1985 to 2096
 
 
 class Table(NamedTuple):
@@ -31,6 +34,7 @@ class Table(NamedTuple):
     rows: list[list[float]]
     time_name: str | None  # of the first column, if it holds the time
     times: np.ndarray | None  # [row], datetime64 of seconds, or of microseconds, or float64; equally far apart
+    time_format: str | None  # how they are written, for strftime; None: as ISO 8601, or numbers
 
 
 def read_table(path: Path | str) -> Table:
@@ -44,9 +48,9 @@ def read_table(path: Path | str) -> Table:
     path = Path(path)
     names, rows = _read_cells(path)
     first = [cells[0].strip() for _, cells in rows]
-    time_name, times = None, None
+    time_name, times, time_format = None, None, None
     if names[0].lower() in TIME_NAMES or all(TIME.search(cell) and _number(cell) is None for cell in first):
-        time_name, times = names[0], _times(path, [line for line, _ in rows], first)
+        time_name, (times, time_format) = names[0], _times(path, [line for line, _ in rows], first)
         names, rows = names[1:], [(line, cells[1:]) for line, cells in rows]
     if not names:
         raise ValueError(f"{path}: the only column is the time; at least one column of numbers is needed")
@@ -56,15 +60,32 @@ def read_table(path: Path | str) -> Table:
         table.append([_number(cell) for cell in cells])
         for name, cell, number in zip(names, cells, table[-1], strict=True):
             if number is None or not abs(number) <= LARGEST:  # NaN compares False
-                raise ValueError(f"{path}, line {line}, column {name!r}: wanted a finite number; got {cell!r}")
+                first_is = "; the time must be the first column" if TIME.search(cell) else ""
+                raise ValueError(
+                    f"{path}, line {line}, column {name!r}: wanted a finite number; got {cell!r}{first_is}"
+                )
     for name, column in zip(names, np.array(table).T, strict=True):
-        steps = np.diff(column)
-        if len(steps) >= 9 and steps.min() > 0 and np.isclose(steps, np.median(steps), atol=0).mean() >= 0.9:
-            what = f"rises by {np.median(steps):g} from row to row, so it counts time and is nothing to forecast"
+        if what := _counts_time(column):
             raise ValueError(
-                f"{path}, column {name!r}: it {what}; make it the first column and call it time, or drop it"
+                f"{path}, column {name!r}: it {what}, so it counts time and is nothing to forecast; "
+                "make it the first column and call it time, or drop it"
             )
-    return Table(names, table, time_name, times)
+    return Table(names, table, time_name, times, time_format)
+
+
+def _counts_time(column: np.ndarray) -> str:
+    """What shows that numbers [row] only count time, in whatever order the rows are; "" if nothing does."""
+    values = np.unique(column)
+    steps = np.diff(values)
+    if len(values) >= max(10, 0.9 * len(column)) and np.isclose(steps, np.median(steps), atol=0).mean() >= 0.9:
+        return f"has a value in each row, and they lie {np.median(steps):g} apart"
+    steps = np.diff(column)
+    for unit in (1, 1e3, 1e6, 1e9):  # of a second: s, ms, us, ns
+        in_order = (steps >= 0).all() or (steps <= 0).all() or len(np.unique(column % (60 * unit))) == 1
+        since_1970 = (column == column.round()).all() and UNIX[0] * unit <= values[0] and values[-1] <= UNIX[1] * unit
+        if len(values) >= 5 and since_1970 and in_order:
+            return f"holds seconds since 1970, or parts of them, from {values[0]:.0f} to {values[-1]:.0f}"
+    return ""
 
 
 # --- time -------------------------------------------------------------------------------------------------------------
@@ -74,15 +95,27 @@ def step_of(times: np.ndarray) -> np.timedelta64 | float | None:
     """By how much each of times [row] is later than the one before; None if that differs, or is nothing.
 
     Months where they are as long as months are: from a day of one to that of another, or between their last days.
+    Numbers may be rounded: by a thousandth of a step.
     """
-    steps = np.diff(times)
     if times.dtype.kind == "f":
-        return float(steps[0]) if steps[0] > 0 and np.allclose(steps, steps[0], rtol=1e-6, atol=0) else None
+        step = float(times[-1] - times[0]) / (len(times) - 1)
+        off = np.abs(times - (times[0] + step * np.arange(len(times))))
+        return float(f"{step:.9g}") if step > 0 and off.max() <= 1e-3 * step else None
+    steps = np.diff(times)
     if (steps == steps[0]).all() and steps[0] > np.timedelta64(0):
         return steps[0]
     months = np.diff(_months(times)[0]).astype(int)
     regular = _months(times)[1] is not None and (months == months[0]).all() and months[0] > 0
     return np.timedelta64(int(months[0]), "M") if regular else None
+
+
+def same_step(one: np.timedelta64 | float, other: np.timedelta64 | float) -> bool:
+    """Whether rows are equally far apart by two steps that `step_of` gave: a month is no number of seconds."""
+    numbers = [isinstance(step, float) for step in (one, other)]
+    if any(numbers):
+        return all(numbers) and math.isclose(one, other, rel_tol=1e-3)
+    in_months = [np.datetime_data(step)[0] == "M" for step in (one, other)]
+    return in_months[0] == in_months[1] and one == other
 
 
 def _months(times: np.ndarray) -> tuple[np.ndarray, np.timedelta64 | None]:
@@ -101,27 +134,38 @@ def times_after(times: np.ndarray, count: int) -> np.ndarray:
     if isinstance(step, np.timedelta64) and np.datetime_data(step)[0] == "M":
         months, late = _months(times)
         return (months[-1] + further * step).astype(times.dtype) + late
+    if isinstance(step, float):  # no more digits than the step has: 60.1 after 60, not 60.10000000000001
+        return (times[-1] + further * step).round(max(0, 6 - math.floor(math.log10(step))))
     return times[-1] + further * step
 
 
-def _times(path: Path, lines: list[int], cells: list[str]) -> np.ndarray:
-    """The column of time, [row]. Raises ValueError where it cannot be read, or is not equally far apart."""
-    readings = [_read_times(cells, read) for read in (_iso, *FORMATS, float)]
+def _times(path: Path, lines: list[int], cells: list[str]) -> tuple[np.ndarray, str | None]:
+    """The column of time [row], and its format. Raises ValueError where it cannot be read, or has unequal steps."""
+    ways = (_iso, *FORMATS, float)
+    readings = [_read_times(cells, read) for read in ways]
     if (read := max(map(len, readings))) < len(cells):
         raise ValueError(f"{path}, line {lines[read]}: wanted a time such as 2016-07-01 05:00; got {cells[read]!r}")
-    columns = [_column(times) for times in readings if len(times) == read]
+    columns = [(_column(times), way) for times, way in zip(readings, ways, strict=True) if len(times) == read]
     # 1/2/2016 can be read in two ways. The right one has no gaps, and its steps are rather days than months.
-    regular = [times for times in columns if step_of(times) is not None]
+    regular = [column for column in columns if step_of(column[0]) is not None]
     if regular:
-        return min(regular, key=lambda times: "months" in str(step_of(times)))
-    times = columns[0]
+        times, way = min(regular, key=lambda column: "months" in str(step_of(column[0])))
+        if way is _iso and datetime.fromisoformat(cells[0]).tzinfo is not None:
+            way = UTC_FORMAT
+        return times, way if isinstance(way, str) else None
+    times = columns[0][0]
     steps = np.diff(times)
     kinds, counts = np.unique(steps, return_counts=True)
     usual, zero = kinds[counts.argmax()], steps[0] * 0
-    bad = int((steps <= zero).argmax() if (steps <= zero).any() else (steps != usual).argmax())
+    unequal = steps != usual
+    if times.dtype.kind == "f":
+        usual = np.median(steps)
+        unequal = np.abs(steps - usual) > 1e-3 * abs(usual)
+    bad = int((steps <= zero).argmax() if (steps <= zero).any() else unequal.argmax())
     what = "the same time as" if steps[bad] == zero else "earlier than"
     if steps[bad] > zero:
-        what = f"not {usual.astype(object)} after"  # a timedelta, which Python writes as people do
+        usual = f"{usual:g}" if times.dtype.kind == "f" else usual.astype(object)  # Python writes times as people do
+        what = f"not {usual} after"
     said = f"{path}, line {lines[bad + 1]}: {cells[bad + 1]!r} is {what} {cells[bad]!r} on the line before"
     raise ValueError(f"{said}; rows must be in order and equally far apart: sort them, fill gaps, drop what is twice")
 

@@ -48,6 +48,19 @@ def test_no_file_is_both_read_and_written_nor_written_twice(tmp_path, monkeypatc
     assert "--json and --save must be two files" in ends(capsys, "--json", "x", "--save", "./x")
 
 
+@pytest.mark.parametrize("option", ["out", "json"])
+@pytest.mark.parametrize("command", ["predict", "answer"])
+def test_a_kept_model_is_not_written_over(tmp_path, capsys, command, option):
+    if (command, option) == ("answer", "out"):
+        return
+    (tmp_path / "model").write_text("weights")
+    more = ["--csv", "none.csv", *(["--out", "none"] if option == "json" else [])] if command == "predict" else ["1+1="]
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, str(tmp_path / "model"), *more, f"--{option}", str(tmp_path / "model")])
+    assert ended.value.code == 2 and f"MODEL and --{option} must be two files" in capsys.readouterr().err
+    assert (tmp_path / "model").read_text() == "weights"
+
+
 def test_seeds_beyond_what_torch_takes_are_named(capsys, untrained):
     assert "--seed must be at most 9223372036854775807" in ends(capsys, "--seed", "9" * 30)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from mini_impl import checks
 from mini_impl.checkpoint import write_bytes
 from mini_impl.download import fetch
-from mini_impl.table import read_table, step_of
+from mini_impl.table import TIME_NAMES, read_table, step_of
 
 ETT_URL = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/{name}.csv"
 ETT_SHA256 = {
@@ -40,11 +40,12 @@ class Series(NamedTuple):
     names: tuple[str, ...]  # one for each variable
     times: np.ndarray | None = None  # [time], datetime64 or numbers; None: unknown
     time_name: str = "time"  # of the column that holds them
+    time_format: str | None = None  # how a file writes them, for strftime; None: as ISO 8601, or numbers
 
     @property
     def step(self) -> np.timedelta64 | float | None:
         """From one row to the next: so many seconds or months, or units of times that are numbers; None: unknown."""
-        return None if self.times is None else step_of(self.times)
+        return None if self.times is None or len(self.times) < 2 else step_of(self.times)
 
 
 def load_auckland() -> Series:
@@ -74,26 +75,44 @@ def load_csv(path: str | Path) -> Series:
     for name, column in zip(table.names, values.T, strict=True):
         if column.min() == column.max():
             raise ValueError(f"{path}, column {name!r}: every row holds {column[0]:g}; a constant cannot be z-scored")
-    return Series(values, table.names, table.times, table.time_name or "time")
+    unused = next(name for name in ("time", *sorted(TIME_NAMES)) if name not in {*map(str.lower, table.names)})
+    return Series(values, table.names, table.times, table.time_name or unused, table.time_format)
 
 
 def save_csv(series: Series, path: str | Path) -> None:
     """Write a series as `load_csv` reads it, in one step; without times, the first column counts the rows from 1.
 
-    Raises TypeError, OSError.
+    Raises TypeError; ValueError for times that are not one for each row, equally far apart; OSError.
     """
-    checks.instance("series", series, Series, "a Series")
+    check_series(series)
     times = np.arange(1, 1 + len(series.values)) if series.times is None else series.times
-    if times.dtype.kind == "M":
+    if series.time_format is not None:
+        times = [time.strftime(series.time_format) for time in times.astype("M8[us]").tolist()]
+    elif times.dtype.kind == "M":
         whole = (times == times.astype("M8[D]")).all()
         times = [str(time).replace("T", " ") for time in (times.astype("M8[D]") if whole else times)]
     else:
-        times = [f"{time:.17g}" for time in times]
+        times = [np.format_float_positional(time, trim="-") for time in times]
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow([series.time_name, *series.names])
     writer.writerows([time, *map(str, row)] for time, row in zip(times, series.values.numpy(), strict=True))
     write_bytes(path, file.getvalue().encode())
+
+
+def check_series(series: Series) -> None:
+    """Raise unless it is a Series whose times, if it has any, are one for each row, equally far apart."""
+    checks.instance("series", series, Series, "a Series, as `load_csv` returns it")
+    times, rows = series.times, len(series.values)
+    if times is None:
+        return
+    if not isinstance(times, np.ndarray) or times.dtype.kind not in "Mf" or times.shape != (rows,):
+        got = f"{times.dtype} {list(times.shape)}" if isinstance(times, np.ndarray) else type(times).__name__
+        raise ValueError(f"series.times must be an array of datetime64 or float64, [{rows}], or None; got {got}")
+    if rows > 1 and series.step is None:
+        raise ValueError(
+            "series.times must be in order and equally far apart: sort them, fill gaps, drop what is twice"
+        )
 
 
 # --- split, scale, cut into windows ---------------------------------------------------------------------------------
@@ -247,6 +266,8 @@ def prepare(
     Returns train, validation, test, scaler. Raises TypeError or ValueError as `split`, `Scaler.fit` and `Windows` do.
     """
     values = series.values if isinstance(series, Series) else series
+    if isinstance(series, Series):
+        check_series(series)
     parts = split(values, lengths=lengths, history=history)
     checks.integers(horizon=horizon)
     for i, name in enumerate(("training", "validation", "test")):

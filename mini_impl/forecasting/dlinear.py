@@ -41,7 +41,7 @@ class DLinear(Forecaster):
 
     history, horizon: how many steps it sees and forecasts (elsewhere: seq_len, pred_len). kernel_size: of the moving
     average, odd, at most history. weights: of another low-pass filter in its place, an odd number of them, at most
-    history, such as half_weighted(24).
+    history, that add up to 1, such as half_weighted(24).
     model(history [batch, history, variable]) -> Output. Raises TypeError, ValueError.
     Source: documented steps 2 and 3. Public code can also give each variable maps of its own (`individual`); here all
     variables share them.
@@ -56,8 +56,7 @@ class DLinear(Forecaster):
         if weights is None:
             self.kernel_size = checks.odd("kernel_size", kernel_size, most=history)
         else:
-            checks.odd("the number of weights", len(weights), most=history)
-            self.weights = tuple(checks.number("each of the weights", float(weight)) for weight in weights)
+            self.weights = _averaging(weights, history)
             self.settings["weights"] = self.weights  # a tensor could not be saved with the model
         self.trend = nn.Linear(history, horizon)
         self.seasonal = nn.Linear(history, horizon)
@@ -73,6 +72,18 @@ class DLinear(Forecaster):
         forecast = trend_forecast + self.seasonal(past - trend)
         shape = (len(history), -1, self.horizon)  # [batch, variable, horizon]
         return Output(prediction=forecast.view(shape).mT, trend=trend_forecast.view(shape).mT)
+
+
+def _averaging(weights: Sequence[float], most: int) -> tuple[float, ...]:
+    """The weights of an average, which a constant passes as it is. Raises TypeError, ValueError."""
+    wanted = "weights must be several numbers that add up to 1"
+    if isinstance(weights, str) or not hasattr(weights, "__len__"):
+        raise TypeError(f"{wanted}; got {weights!r}")
+    checks.odd("the number of weights", len(weights), most)
+    weights = tuple(checks.number("each of the weights", float(weight)) for weight in weights)
+    if abs(sum(weights) - 1) > 1e-4:
+        raise ValueError(f"{wanted}; the sum of these is {sum(weights):g}")
+    return weights
 
 
 def documented_loss(output: Output, target: Tensor, trend_weight: float = 1.0) -> LossTerms:

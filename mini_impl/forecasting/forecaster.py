@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import nn
 
+import mini_impl
 from mini_impl import checks
 from mini_impl.checkpoint import check_weights, load_checkpoint, save_checkpoint
-from mini_impl.forecasting.data import Origin, Scaler, Series, Windows
+from mini_impl.forecasting.data import Origin, Scaler, Series, Windows, check_series
 from mini_impl.forecasting.train import absolute_errors, evaluating
 from mini_impl.losses import NonFiniteLoss
-from mini_impl.table import times_after
+from mini_impl.table import same_step, times_after
 
 
 class Forecaster(nn.Module):
@@ -50,6 +51,7 @@ class Forecaster(nn.Module):
             unit, count = np.datetime_data(step)
             step = [int(step.astype(int)) * count, unit]
         state = {"forecaster": type(self).__name__, "settings": self.settings, "names": names, "step": step}
+        state["mini_impl"] = mini_impl.__version__
         save_checkpoint(path, {**tensors, "mean": scaler.mean, "std": scaler.std}, state)
 
 
@@ -63,15 +65,23 @@ def load(path: Path | str) -> Forecaster:
     kind = kinds.get(state.get("forecaster"))
     if kind is None:
         raise ValueError(f"{path} holds none of the models {', '.join(kinds)}; `model.save` writes such a file")
-    scaler, step = Scaler(tensors.pop("mean"), tensors.pop("std")), state["step"]
-    weights = {name.removeprefix("model/"): value for name, value in tensors.items()}
-    with torch.device("meta"):  # sizes that the file does not fill take no memory
-        check_weights(path, weights, kind(**state["settings"]))
+    try:
+        scaler, names, step = Scaler(tensors.pop("mean"), tensors.pop("std")), tuple(state["names"]), state["step"]
+        step = np.timedelta64(*step) if isinstance(step, list) else step
+        if not len(names) == len(scaler.mean) == len(scaler.std) or not isinstance(step, np.timedelta64 | float | None):
+            raise TypeError(f"names {names}, {len(scaler.mean)} means, {len(scaler.std)} deviations, step {step!r}")
+        weights = {name.removeprefix("model/"): value for name, value in tensors.items()}
+        with torch.device("meta"):  # sizes that the file does not fill take no memory
+            empty = kind(**state["settings"])
+    except (AttributeError, KeyError, TypeError) as error:
+        then, now = state.get("mini_impl", "of another version"), mini_impl.__version__
+        foreign = f"{path} does not describe a model as mini_impl {now} does; mini_impl {then} wrote it"
+        raise ValueError(f"{foreign} ({type(error).__name__}: {error})") from None
+    check_weights(path, weights, empty)
     with torch.random.fork_rng(devices=[]):  # first weights that are overwritten use up no random numbers
         model = kind(**state["settings"])
     model.to(next(value.dtype for value in weights.values() if value.is_floating_point())).load_state_dict(weights)
-    step = np.timedelta64(*step) if isinstance(step, list) else step
-    model.origin = Origin(tuple(state["names"]), scaler, step)
+    model.origin = Origin(names, scaler, step)
     return model.eval()
 
 
@@ -81,15 +91,20 @@ def forecast(model: Forecaster, series: Series) -> Series:
     model: one that was fitted to a Series, or that `load` read. series: at least `history` rows, as far apart as those
     that it was trained on, with its variables; which stand in another order, or beside others, is nothing to worry
     about. The model is left in the mode it was in.
-    Raises TypeError; ValueError for variables that are missing, another step, or too few rows; NonFiniteLoss.
+    Raises TypeError; ValueError for a model that only fills in, times that are not equally far apart, another step,
+    variables that are missing, or too few rows; NonFiniteLoss.
     """
     names, scaler, step = _known_origin(model)
-    checks.instance("series", series, Series, "a Series, as `load_csv` returns it")
+    check_series(series)
+    if not hasattr(model, "horizon"):
+        made = "PatchTST.from_masked(model, horizon) makes one that has"
+        raise ValueError(f"a {type(model).__name__} has no horizon to forecast; {made}")
     if missing := [name for name in names if name not in series.names]:
         has = f"it has {', '.join(map(repr, series.names))}"
         raise ValueError(f"series must have the model's variables; {', '.join(map(repr, missing))} is missing: {has}")
-    if step is not None and series.step is not None and step != series.step:
-        raise ValueError(f"series must have rows {step} apart, as the model was trained on; got {series.step}")
+    if step is not None and series.step is not None and not same_step(step, series.step):
+        was, is_now = (f"{one:g}, in numbers," if isinstance(one, float) else one for one in (step, series.step))
+        raise ValueError(f"series must have rows {was} apart, as the model was trained on; got {is_now}")
     checks.integer("the rows of series, for the history of the model,", len(series.values), least=model.history)
     weight = next(model.parameters())
     last = series.values[-model.history :, [series.names.index(name) for name in names]]  # [history, variable]
@@ -99,7 +114,7 @@ def forecast(model: Forecaster, series: Series) -> Series:
     endogenous = getattr(model, "endogenous", range(len(names)))
     values = scaler.invert(scores, list(endogenous)).float()
     times = None if series.times is None else times_after(series.times, len(scores))
-    return Series(values, tuple(names[place] for place in endogenous), times, series.time_name)
+    return Series(values, tuple(names[place] for place in endogenous), times, series.time_name, series.time_format)
 
 
 def unit_errors(forecast: Callable, windows: Windows) -> dict[str, float]:

@@ -232,7 +232,9 @@ class MaskedPatchTST(Forecaster):
         dropout: float = 0.2,
     ):
         super().__init__()
-        self.history, self.patch_length = checks.integers(history=history, patch_length=patch_length)
+        (self.history,) = checks.integers(least=2, history=history)
+        two = "so that of two patches one can be hidden"
+        self.patch_length = checks.integer("patch_length", patch_length, most=self.history // 2, why=two)
         patch_count = self.history // self.patch_length
         hidden_share = checks.number("mask_ratio", mask_ratio, above=0, below=1)
         self.visible = math.floor(patch_count * (1 - hidden_share) + 1e-9)  # 5 (1 - 0.8) is 0.9999..

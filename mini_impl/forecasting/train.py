@@ -198,7 +198,8 @@ def fit(
             order = torch.randperm(len(train)).to(device)  # drawn on the CPU: the same on any device
             batches = order.split(batch_size)
             model.train()
-            for index in progress_bar(batches[step:], f"epoch {epoch + 1}", progress, initial=step, total=steps):
+            now = f"epoch {epoch + 1} of {epochs}"
+            for index in progress_bar(batches[step:], now, progress, initial=step, total=steps):
                 _seed(seed, epoch, step + 1, *[workers.number()] * (workers.number() > 0))
                 optimizer.param_groups[0]["lr"] = learning_rate_at(learning_rate, (epoch + step / steps) / epochs)
                 place = f"at step {epoch * steps + step + 1} (epoch {epoch + 1})"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mini_impl.forecasting import data
 from mini_impl.forecasting.data import Scaler, Series, Windows, load_auckland, load_csv, prepare, save_csv, split
-from mini_impl.table import times_after
+from mini_impl.table import same_step, times_after
 from tests.tensors import random, same
 
 # --- the embedded series --------------------------------------------------------------------------------------------
@@ -28,7 +28,7 @@ def test_the_embedded_file_is_the_one_that_was_made():
 
 
 def test_auckland():
-    values, names, times, _ = load_auckland()
+    values, names, times, *_ = load_auckland()
     assert values.shape == (17544, 7) and values.dtype == torch.float32
     assert names[0] == "45 Queen Street" and len(set(names)) == 7
     assert torch.equal(values, values.round()) and values.min() == 0
@@ -100,6 +100,7 @@ def test_what_is_written_is_read(tmp_path_factory, variables, time, with_time, w
         ("a\n1e3\n -.5 \n", ("a",)),
         ("\nwhen,a\n1/7/2016,1\n2/7/2016,2\n", ("a",)),
         ("when,a\n2016年7月1日,1\n2016年7月2日,2\n", ("a",)),
+        ("Datum,a\n31.12.2020,1\n1.1.2021,2\n", ("a",)),
     ],
 )
 def test_which_column_is_the_time(tmp_path, text, names):
@@ -122,6 +123,7 @@ def test_which_column_is_the_time(tmp_path, text, names):
         ("a,b\n1,2\n3,-inf\n", r"line 3, column 'b': .* got '-inf'"),
         ("a,b\n1,2\n3,1e39\n", r"line 3, column 'b': .* got '1e39'"),  # infinite as float32
         ('a,b\n"1\n",2\n3,4\n5,x\n', r"line 5, column 'b': .* got 'x'"),  # a cell over two lines counts as two
+        ("a,b\n1,2016-07-01\n2,2016-07-02\n", r"'b': .* got '2016-07-01'; the time must be the first column"),
         ("a,b\n1,2\n3\n", r"line 3: 1 cells; the first line names 2 columns"),
         ("a,b\n1,2\n3,4,5\n", r"line 3: 3 cells"),
         ("a,b\n1,2\n\n3,4\n", r"line 3: 0 cells"),
@@ -200,7 +202,8 @@ def test_times_are_read_and_go_on(tmp_path, cells, step, after):
         (["2024-01-01", "2024-01-02", "2024-01-02"], "line 4: '2024-01-02' is the same time as '2024-01-02'"),
         (["2024-01-03", "2024-01-02", "2024-01-01"], "line 3: '2024-01-02' is earlier than '2024-01-03'"),
         (["2024-01-01", "2024-01-02", "2024-01-05", "2024-01-03"], "line 5: '2024-01-03' is earlier"),
-        (["1", "2", "3", "5"], "line 5: '5' is not 1.0 after '3'"),
+        (["1", "2", "3", "5"], "line 5: '5' is not 1 after '3'"),
+        (["0.041667", "0.083333", "0.125", "0.208333"], "line 5: '0.208333' is not 0.041667 after '0.125'"),
         (["2024-01-31", "2024-02-29", "2024-04-30"], "line 3: '2024-02-29' is not|line 4: '2024-04-30' is not"),
     ],
 )
@@ -215,11 +218,76 @@ def test_a_number_that_only_counts_time_is_no_variable(tmp_path):
         return write(tmp_path, "a,ts\n" + "".join(f"{row % 5},{count}\n" for row, count in enumerate(counts)))
 
     unix = [1467331200 + 3600 * row for row in range(30)]  # of which float32 would see steps of 0 and 128
-    for counts in (unix, unix[:20] + unix[21:], [row / 10 for row in range(30)]):
-        with pytest.raises(ValueError, match=r"series.csv, column 'ts': it rises by .* so it counts time .*call it"):
+    mixed = [unix[row * 7 % 30] for row in range(30)]
+    swapped, twice = [*unix[:4], unix[5], unix[4], *unix[6:]], [*unix[:9], *unix[8:]]
+    gaps, few = [second for row, second in enumerate(unix) if row % 7], unix[:9]
+    jittered = [second + row * 37 % 120 - 60 for row, second in enumerate(unix)]
+    months = np.arange("2001-01", "2003-07", dtype="M8[M]").astype("M8[s]").astype(int).tolist()
+    of_unix = (unix, unix[::-1], mixed, swapped, twice, gaps, few, jittered, months)
+    parts = [[second * unit for second in gaps] for unit in (1000, 10**6, 10**9)]
+    for counts in (*of_unix, *parts, [row / 10 for row in range(30)], [(row * 7 + 3) % 30 for row in range(30)]):
+        with pytest.raises(ValueError, match=r"series.csv, column 'ts': it h.*, so it counts time .*call it time, or"):
             load_csv(file(counts))
     meter = [row**1.5 for row in range(30)]  # rises, but not evenly
-    assert load_csv(file(meter)).names == ("a", "ts")
+    hours = [row % 24 for row in range(60)]
+    turnover = [10**9 + row * 123_456_789 % 987_654_321 for row in range(30)]  # whole, and in no order
+    for values in (meter, hours, turnover):
+        assert load_csv(file(values)).names == ("a", "ts")
+
+
+@pytest.mark.parametrize(
+    ("cells", "written"),
+    [
+        (["2024-01-21T22:00:00+02:00", "2024-01-21T23:00:00+02:00"], "2024-01-21 22:00:00+00:00"),
+        (["09:58", "09:59"], "10:00"),
+        (["5/15/2023", "5/16/2023"], "05/17/2023"),
+        (["2014-10", "2014-11", "2014-12"], "2015-01"),
+        (["2024年1月21日22时", "2024年1月21日23时"], "2024年01月22日00时"),
+        (["31.12.2020 23:00", "1.1.2021 00:00"], "01.01.2021 01:00"),
+        (["2024-01-21 22:00", "2024-01-21 23:00"], "2024-01-22 00:00:00"),
+        (["45292.041667", "45292.083333", "45292.125"], "45292.1666665"),
+        (["59.9", "60.0"], "60.1"),
+        (["1700000000000000000", "1700003600000000000"], "1700007200000000000"),
+    ],
+)
+def test_times_go_on_as_they_were_written(tmp_path, cells, written):
+    """So that what is foretold can be put below what was."""
+    text = "time,a\n" + "".join(f"{cell},{row**2}\n" for row, cell in enumerate(cells))
+    series = load_csv(write(tmp_path, text))
+    values = torch.tensor([[9.0], [1.0]])
+    save_csv(series._replace(values=values, times=times_after(series.times, 2)), tmp_path / "future.csv")
+    future = (tmp_path / "future.csv").read_text("utf-8")
+    assert future.startswith(f"time,a\n{written},9.0\n")
+    whole = load_csv(write(tmp_path, text + future.partition("\n")[2]))
+    assert len(whole.times) == len(cells) + 2 and same_step(whole.step, series.step)
+
+
+def test_without_times_the_column_that_counts_rows_has_a_free_name(tmp_path):
+    series = load_csv(write(tmp_path, "a,time\n1,5\n3,4\n"))
+    assert series.times is None and series.names == ("a", "time")
+    save_csv(series, tmp_path / "again.csv")
+    again = load_csv(tmp_path / "again.csv")
+    assert again.names == series.names and again.times.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("times", "words"),
+    [
+        ([1.0, 2.0, 3.0], r"series.times must be an array of datetime64 or float64, \[3\], or None; got list"),
+        (np.array(["a", "b", "c"]), r"got <U1 \[3\]"),
+        (np.arange(2.0), r"got float64 \[2\]"),
+        (np.array([1.0, 2.0, 4.0]), "series.times must be in order and equally far apart"),
+        (np.array([3.0, 2.0, 1.0]), "in order"),
+        (np.array(["2024-01-01", "2024-01-01", "2024-01-02"], "M8[s]"), "drop what is twice"),
+        (np.array(["2024-01-01", "NaT", "2024-01-03"], "M8[s]"), "fill gaps"),
+    ],
+)
+def test_times_of_a_series_made_by_hand_are_looked_at(tmp_path, times, words):
+    series = Series(torch.tensor([[1.0], [2.0], [4.0]]), ("a",), times)
+    for use in (lambda: save_csv(series, tmp_path / "a.csv"), lambda: prepare(series, (1, 1, 1), 1, 1)):
+        with pytest.raises(ValueError, match=words):
+            use()
+    assert not (tmp_path / "a.csv").exists()
 
 
 def test_a_small_file_cannot_fill_the_memory(tmp_path, monkeypatch):

@@ -306,6 +306,10 @@ def test_the_average_over_a_day_leaves_no_daily_wave_in_the_trend():
         ),
         ([0.1] * 11, ValueError, "the number of weights must be odd, .* at most 9"),
         ([math.nan], ValueError, "each of the weights must be a finite number; got nan"),
+        (1, TypeError, "weights must be several numbers that add up to 1; got 1"),
+        ("111", TypeError, "weights must be several numbers that add up to 1; got '111'"),
+        ([1, 2, 1], ValueError, "add up to 1; the sum of these is 4"),
+        ([0, 0, 0], ValueError, "add up to 1; the sum of these is 0"),
     ],
 )
 def test_weights_that_are_no_filter(weights, error, says):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import mini_impl
 from mini_impl.checkpoint import load_checkpoint, save_checkpoint
 from mini_impl.forecasting import FORECASTERS, DLinear, Series, fit, forecast, load, prepare, unit_errors
 from mini_impl.forecasting.baselines import repeat_last
@@ -123,11 +124,41 @@ def test_without_times_the_future_has_none():
     assert forecast(model, series()).times is not None and forecast(model, series(times=None)).times is None
 
 
+def months(count):
+    return (np.datetime64("2001-01", "M") + np.arange(count)).astype("M8[s]")
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "says"),
+    [
+        (months(200), HOURS, "rows 1 months apart, as the model was trained on; got 3600 seconds"),
+        (np.arange(200.0), HOURS, "rows 1, in numbers, apart, as the model was trained on; got 3600 seconds"),
+        (np.arange(200.0), np.arange(200.0) / 2, "rows 1, in numbers, apart, .*; got 0.5, in numbers"),
+        (months(200), np.concatenate([months(1), months(400)[2::2]]), "rows 1 months apart, .*; got 2 months"),
+    ],
+)
+def test_another_step_is_named(then, now, says):
+    model = trained(data=series(times=then))
+    with pytest.raises(ValueError, match=says):
+        forecast(model, series(times=now))
+
+
+def test_numbers_that_count_time_may_begin_elsewhere():
+    """Neither 0.1 nor what lies between 43.7 and 63.6 is a fraction of two."""
+    model = trained(data=series(times=np.arange(200) / 10))
+    future = forecast(model, series(times=43.7 + np.arange(200) / 10))
+    assert future.times.tolist() == [63.7, 63.8, 63.9, 64.0, 64.1, 64.2]
+
+
 @pytest.mark.parametrize(
     ("wrong", "error", "says"),
     [
         ({"names": ("people", "Flow", "c,d")}, ValueError, "'流量' is missing: it has 'people', 'Flow', 'c,d'"),
         ({"times": HOURS[0] + 24 * (HOURS - HOURS[0])}, ValueError, "rows 3600 seconds apart.*got 86400 seconds"),
+        ({"times": months(200)}, ValueError, "rows 3600 seconds apart.*got 1 months"),
+        ({"times": np.arange(200.0)}, ValueError, "rows 3600 seconds apart.*got 1, in numbers,"),
+        ({"times": HOURS[::-1]}, ValueError, "series.times must be in order and equally far apart"),
+        ({"times": list(HOURS)}, ValueError, "series.times must be an array of datetime64.*got list"),
         ({"values": torch.ones(23, 3), "times": None}, ValueError, "rows of series.* must be at least 24; got 23"),
         ({"values": torch.full((200, 3), 1e38)}, (ValueError, NonFiniteLoss), "finite"),
     ],
@@ -151,6 +182,44 @@ def test_what_is_no_kept_model_is_named(tmp_path):
         load(tmp_path / "other")
     with pytest.raises(FileNotFoundError, match="none"):
         load(tmp_path / "none")
+
+
+def test_a_model_that_only_fills_in_makes_no_forecast():
+    train, validation, *_ = prepare(series(), (120, 40, 40), 24, 6)
+    masked = MaskedPatchTST(24, patch_length=8, width=8, heads=4, layers=1, feed_forward_width=6)
+    fit(masked, train, validation, masked_loss, score=masked_score, epochs=1, progress=False)
+    with pytest.raises(
+        ValueError, match=r"a MaskedPatchTST has no horizon to forecast; PatchTST.from_masked\(model, h"
+    ):
+        forecast(masked, series())
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"settings": None}, "TypeError"),
+        ({"settings": {"history": 24, "horizon": 6, "kernel": 5}}, "unexpected keyword argument 'kernel'"),
+        ({"names": ["a"]}, r"names \('a',\), 3 means, 3 deviations"),
+        ({"step": "week"}, "step 'week'"),
+        ({"step": [1, "xx"]}, "TypeError"),
+        ({"mean": None}, "KeyError: 'mean'"),
+        ({"step": ...}, "KeyError: 'step'"),
+        ({"names": ...}, "KeyError: 'names'"),
+    ],
+)
+def test_a_file_of_another_version_is_named(tmp_path, changes, says):
+    trained().save(tmp_path / "model")
+    tensors, state = load_checkpoint(tmp_path / "model")
+    assert state["mini_impl"] == mini_impl.__version__
+    state |= {**changes, "mini_impl": "9.9"}
+    if "mean" in changes:
+        tensors.pop("mean")
+    save_checkpoint(tmp_path / "other", tensors, {name: value for name, value in state.items() if value is not ...})
+    words = (
+        f"other does not describe a model as mini_impl {mini_impl.__version__} does; mini_impl 9.9 wrote it .*{says}"
+    )
+    with pytest.raises(ValueError, match=words):
+        load(tmp_path / "other")
 
 
 def test_sizes_of_numpy_are_kept_too(tmp_path):

@@ -602,6 +602,18 @@ def test_a_share_that_rounding_would_lose():
     assert small_masked(history=20, mask_ratio=0.8).visible == 1  # 5 (1 - 0.8) is 0.9999.. in floating point
 
 
+@pytest.mark.parametrize("history", [2, 8, 13, 23, 24])
+def test_masks_fit_any_history_or_the_error_says_what_would(history):
+    sizes = {"width": 8, "heads": 2, "layers": 1, "feed_forward_width": 8}
+    if history < 24:
+        says = f"patch_length must be at most {history // 2}, so that of two patches one can be hidden; got 12"
+        with pytest.raises(ValueError, match=says):
+            MaskedPatchTST(history, **sizes)
+        sizes["patch_length"] = history // 2
+    model = MaskedPatchTST(history, **sizes).eval()
+    assert model(random(2, history, 1, dtype=torch.float32)).patches.shape[2] == 2
+
+
 def test_the_setting_of_the_paper_is_42_patches_of_the_last_504_steps():
     model = MaskedPatchTST(512, width=8, heads=2, layers=1, feed_forward_width=8).eval()
     history = random(2, 512, 1, dtype=torch.float32)

@@ -1,6 +1,9 @@
 """Training: what it keeps, that it stops early and restores; scores over every window."""
 
 import functools
+import os
+import struct
+import sys
 
 import pytest
 import torch
@@ -31,6 +34,22 @@ def all_named(windows):
 def small(seed=0):
     torch.manual_seed(seed)
     return DLinear(history=24, horizon=6, kernel_size=5)
+
+
+def test_a_terminal_shows_how_far_it_is(monkeypatch):
+    """A bar of a hundred columns; where nobody looks, there is none (the other tests print nothing)."""
+    termios = pytest.importorskip("termios")  # Windows has no such terminals
+    import fcntl
+
+    leader, follower = os.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
+    with open(follower, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        fit(small(), windows(), windows(1), published_loss, epochs=2)
+        terminal.flush()
+        said = os.read(leader, 10**5).decode()
+    os.close(leader)
+    assert "epoch 1 of 2:   0%|" in said and "epoch 2 of 2:   0%|" in said
 
 
 class Dropout(nn.Module):
