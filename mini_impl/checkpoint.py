@@ -15,10 +15,11 @@ import signal
 import stat
 import sys
 import threading
+import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, ValuesView
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from mini_impl.losses import NonFiniteLoss
 
 KEY = "mini_impl"  # a safetensors header holds {text: text}; ours is one entry, the JSON of the checksum and the state
 BLANK = "0" * 64  # what stands in the place of the checksum while it is computed
+SECONDS = 60  # at most so many of a training are lost when it is killed
 CHECKSUM = rb"{\"sha256\": \""  # what stands before it, as JSON in JSON
 
 
@@ -110,6 +112,8 @@ def save_checkpoint(path: Path | str, tensors: dict[str, Tensor], state: dict) -
     OSError.
     """
     checks.instance("tensors", tensors, dict, "a dict of tensors by name")
+    for name, tensor in tensors.items():
+        checks.instance(f"tensors[{name!r}]", tensor, Tensor, "a tensor")
     # Copies: safetensors takes no two tensors that share memory, as tied weights do.
     whole = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     text = json.dumps({"sha256": BLANK, **state}, allow_nan=False, default=np.generic.item)  # numbers of numpy
@@ -146,6 +150,12 @@ def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], dict]:
     return tensors, {name: value for name, value in json.loads(state).items() if name != "sha256"}
 
 
+def check_layers(path: Path | str, weights: dict[str, Tensor], settings: dict) -> None:
+    """Raise ValueError if settings in a file ask for more layers than it has weights: to make those takes long."""
+    if isinstance(layers := settings.get("layers"), int) and layers > len(weights):
+        raise ValueError(f"{path} holds {len(weights)} weights, too few for the {layers} layers that it describes")
+
+
 def check_weights(path: Path | str, weights: dict[str, Tensor], model: nn.Module) -> None:
     """Raise ValueError unless the weights in a file are those of a model, which may be on the meta device."""
     shapes, wanted = ({name: value.shape for name, value in part.items()} for part in (weights, model.state_dict()))
@@ -162,11 +172,12 @@ class Run:
     with Run(path, optimizer, settings, save_every) as run: `run.restore` once, then `run.step` after every step.
     optimizer: Adam, whose memory is kept with the rest.
     settings: {name: value} of what may not change in between: what JSON holds, and what `describe` has words for.
-    save_every: steps from one writing of the file to the next, beside those that the training asks for.
+    save_every: steps from one writing of the file to the next, beside those that the training asks for; None: whenever
+    a minute has gone by.
 
-    While it runs nobody else can train into the file: BlockingIOError. SIGTERM and the first Ctrl-C let the step end,
-    write the file, and then end the training, by SystemExit(143) and KeyboardInterrupt. Of several workers the first
-    writes the file, all read it, and all end after the same step.
+    While it runs nobody else can train into the file: BlockingIOError. SIGTERM, SIGHUP (its terminal was closed) and
+    the first Ctrl-C let the step end, write the file, and then end the training, by SystemExit(128 + the signal) and
+    KeyboardInterrupt. Of several workers the first writes the file, all read it, and all end after the same step.
     """
 
     def __init__(
@@ -176,6 +187,7 @@ class Run:
         self.path = None if path is None else Path(path).resolve()
         self.optimizer, self.save_every = optimizer, save_every
         self.settings = {} if path is None else json.loads(json.dumps(settings, default=describe))
+        self.written = time.monotonic()  # when the file was written last
         self.signal: int | None = None  # that asks the training to end
         self.handlers: dict = {}
 
@@ -185,7 +197,7 @@ class Run:
         if workers.number() == 0:
             self._lock()
         if threading.current_thread() is threading.main_thread():  # Python takes signals there alone
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # not on Windows
                 if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None):
                     self.handlers[number] = handler
                     signal.signal(number, self._stop)
@@ -207,8 +219,9 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.path is not None and workers.number() == 0:
+            with suppress(OSError):  # Windows removes no open file, but filelock does when it has closed it
+                Path(self.lock.lock_file).unlink()  # first, or it may be another training's by now
             self.lock.release()
-            Path(self.lock.lock_file).unlink(missing_ok=True)
 
     def restore(self, **wanted: int) -> tuple[dict[str, dict[str, Tensor]], dict] | None:
         """(groups, state) as they were saved last, once Adam has its memory back; None if there is no file yet.
@@ -257,8 +270,13 @@ class Run:
         if self.path is None:
             return
         ending = workers.any_signal(self.signal)
-        if due or ending is not None or (self.save_every is not None and number % self.save_every == 0):
+        if self.save_every is None:
+            due = due or time.monotonic() - self.written >= SECONDS
+        elif number % self.save_every == 0:
+            due = True
+        if due or ending is not None:
             self.save(*snapshot())
+            self.written = time.monotonic()
         if ending is not None:
             raise KeyboardInterrupt if ending == signal.SIGINT else SystemExit(128 + ending)
 

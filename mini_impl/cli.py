@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from mini_impl import checks, workers
 from mini_impl.checkpoint import check_writable, write_bytes
 from mini_impl.finetuning import answer
 from mini_impl.finetuning import command as finetune
-from mini_impl.finetuning.sft import CONFIG
+from mini_impl.finetuning.sft import CONFIG, WEIGHTS
 from mini_impl.forecasting import command as forecast
 from mini_impl.forecasting import predict
 
@@ -50,7 +51,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:  # RuntimeError: torch's, out of range
         parser.exit(2, f"mini-impl: {error}\n")
     except KeyboardInterrupt:
-        parser.exit(130, "\nmini-impl: stopped; with --checkpoint FILE the same command would go on from there\n")
+        kept = getattr(options, "checkpoint", None)
+        again = "goes on from there" if kept else "with --checkpoint FILE would go on from there"
+        parser.exit(130, f"\nmini-impl: stopped; the same command {again}\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -71,18 +74,25 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _check_files(options: argparse.Namespace) -> None:
     """Raise unless every file that is to be written can be, and is not one that is read, nor another one of them."""
+    files = [(f"--{name}", getattr(options, name, None)) for name in (*READ, *WRITTEN)]
+    if options.command not in TRAININGS:  # elsewhere a name
+        files.insert(0, ("MODEL", options.model))
+    if getattr(options, "reward", None) is not None:
+        files.insert(0, ("--reward", options.reward.partition(":")[0].replace(".", os.sep) + ".py"))
+    if getattr(options, "adapter", None) is not None:
+        files = [(option, path) for option, path in files if option != "--adapter"]
+        files += [("--adapter", Path(options.adapter) / part) for part in (CONFIG, WEIGHTS)]
     places: dict[Path, str] = {}
-    kept = () if options.command in TRAININGS else ("model",)  # elsewhere a name, no file
-    for name in (*kept, *READ, *WRITTEN):
-        if (path := getattr(options, name, None)) is None:
+    for option, path in files:
+        if path is None:
             continue
-        place, option = Path(path).resolve(), "MODEL" if name in kept else f"--{name}"
+        place, written = Path(path).resolve(), option.removeprefix("--") in WRITTEN
         if (
-            (other := places.setdefault(place, option)) != option and name in WRITTEN and not place.is_char_device()
+            (other := places.setdefault(place, option)) != option and written and not place.is_char_device()
         ):  # /dev/null
             raise ValueError(f"{other} and {option} must be two files; got {path} for both")
-        if name in WRITTEN:
-            check_writable(option, place / CONFIG if name == "adapter" else place)
+        if written:
+            check_writable(option, place)
 
 
 def _without_files(arguments: list[str]) -> list[str]:

@@ -23,6 +23,8 @@ from mini_impl.forecasting.train import evaluate, fit
 from mini_impl.losses import LossTerms
 from tests.tensors import random
 
+ROOT = Path(__file__).parents[1]
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -235,7 +237,46 @@ def test_it_goes_on_within_an_epoch(tmp_path, after):
     same(forecasting(4, path), forecasting(4))
 
 
-@pytest.mark.parametrize(("number", "ends"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+@pytest.mark.parametrize("train", [forecasting, finetuning])
+def test_without_steps_it_is_written_once_a_minute(tmp_path, monkeypatch, train):
+    """Of a minute of no seconds every step is kept."""
+    for seconds, kept in ((0, 3), (60, 2 if train is finetuning else 0)):
+        monkeypatch.setattr("mini_impl.checkpoint.SECONDS", seconds)
+        path = tmp_path / str(seconds)
+        with pytest.raises(Stop):
+            train(4, path, after=3)
+        assert (len(next(iter(load_checkpoint(path)[1]["terms"].values()))) if path.exists() else 0) == kept
+
+
+@pytest.mark.slow
+def test_a_lock_is_held_by_one_alone(tmp_path):
+    """Four processes that take and return it as often as they can, for three seconds."""
+    script = """
+import os, sys, time, torch
+from mini_impl.checkpoint import Run
+optimizer, taken, end = torch.optim.Adam([torch.zeros(1)]), 0, time.monotonic() + 3
+while time.monotonic() < end:
+    try:
+        with Run("run", optimizer, {}):
+            os.close(os.open("held", os.O_CREAT | os.O_EXCL))  # fails if another one holds it
+            os.unlink("held")
+            taken += 1
+    except BlockingIOError:
+        pass
+print(taken)
+"""
+    how = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}}
+    runs = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, **how) for _ in range(4)]
+    taken = [int(run.communicate(timeout=120)[0] or 0) for run in runs]
+    assert [run.returncode for run in runs] == [0] * 4 and sum(taken) > 100
+
+
+HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("number", "ends"), [(signal.SIGTERM, SystemExit), (HANGUP, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+)
 @pytest.mark.parametrize(("train", "step"), [(forecasting, 12), (finetuning, 3)])
 def test_a_signal_lets_the_step_end_and_keeps_it(tmp_path, monkeypatch, number, ends, train, step):
     """At the call of the optimiser's step; the handlers are then as before."""
@@ -254,7 +295,7 @@ def test_a_signal_lets_the_step_end_and_keeps_it(tmp_path, monkeypatch, number, 
         assert signal.getsignal(number) is signal.default_int_handler
     finally:
         signal.signal(number, before)
-    assert ends is KeyboardInterrupt or ended.value.code == 143
+    assert ends is KeyboardInterrupt or ended.value.code == 128 + number
     state = load_checkpoint(tmp_path / "run")[1]
     assert len(next(iter(state["terms"].values()))) == step
     assert [file.name for file in tmp_path.iterdir()] == ["run"]

@@ -14,6 +14,11 @@ def test_every_public_function_that_says_what_it_raises_is_called_or_excused():
     assert len(CALLS) > 100 and not CALLS.keys() & SKIPPED.keys()
 
 
+@pytest.mark.slow
+def test_a_short_attack_finds_nothing(capsys):
+    assert fuzz.main(["--calls", "3000", "--seed", "1"]) == 0, capsys.readouterr().out
+
+
 def square(value: torch.Tensor) -> torch.Tensor:
     """The square. Raises TypeError."""
     return value * value

@@ -68,17 +68,20 @@ def test_the_loops_of_the_readme_train_a_model_of_transformers(tmp_path, monkeyp
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=257, **sizes, eos_token_id=256))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=pieces, eos_token="<end>")
-    for kind, thing in ((transformers.AutoModelForCausalLM, model), (transformers.AutoTokenizer, tokenizer)):
-        monkeypatch.setattr(kind, "from_pretrained", lambda path, thing=thing: thing)
+    model.bfloat16().save_pretrained(tmp_path / "llama")  # as SmolLM2 is stored
+    tokenizer.save_pretrained(tmp_path / "llama")
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(EXAMPLES[2], names)
+    assert EXAMPLES[2].count('NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"') == 1
+    exec(EXAMPLES[2].replace("HuggingFaceTB/SmolLM2-135M-Instruct", "llama"), names)
+    assert names["model"].dtype == torch.float32
     first = names["sft"].published_loss(plain(names), names["labels"]).total
     assert names["loss"].total < first - 0.01
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     exec(EXAMPLES[3], names)
     assert names["mask"].shape == (8, 16) and names["loss"].total.isfinite()
     assert names["rewards"].shape == (1, 8) and names["answer"].shape == (8, 16)
+    assert names["how"]["top_k"] == 0  # what is scored is what was sampled from
 
 
 def plain(names):

@@ -38,7 +38,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group().add_argument
     what("--task", choices=sorted({task for _, task in TASKS}), default="sums", help="what it learns to answer")
     what("--data", metavar="FILE", help='of your own: {"prompt": text, "answer": text} on each line')
-    add("--reward", metavar="MODULE:FUNCTION", help="(line, text) -> number; without it 1 for the answer, else 0")
+    own = (
+        "(line, text) -> number, of --data; without it 1 for the answer, else 0. GRPO and published DAPO learn from it"
+    )
+    add("--reward", metavar="MODULE:FUNCTION", help=f"{own}, the others are measured by it")
     add("--max-new-tokens", type=int, help="of an answer to --data; without it as many as the longest needs")
     add("--set", type=parse_setting, action="append", default=[], metavar="NAME=VALUE", help="a setting of the method")
     add("--all-kinds", action="store_true", help="draw from every kind of problem, not only from the bad cases")
@@ -91,6 +94,9 @@ def _task(options: argparse.Namespace) -> tuple[LanguageModel, tasks.Task]:
     if options.data is not None:
         reward = None if options.reward is None else _function(options.reward)
         return tasks.from_file(options.data, options.model, reward, options.max_new_tokens)
+    for name in ("reward", "max_new_tokens"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is for questions of your own: it needs --data FILE")
     if (options.model, options.task) not in TASKS:
         models = " or ".join(model for model, task in TASKS if task == options.task)
         raise ValueError(f"--task {options.task} is for --model {models}; got {options.model}")
@@ -101,7 +107,12 @@ def _function(name: str) -> Callable:
     """The function that module:function names, in the current folder too."""
     module, _, function = name.partition(":")
     sys.path.insert(0, os.getcwd())
-    found = getattr(importlib.import_module(module), function, None) if module and function else None
+    found = None
+    if module and function and not module.endswith(".py"):
+        try:
+            found = getattr(importlib.import_module(module), function, None)
+        except Exception as error:
+            raise ValueError(f"--reward: {module} cannot be read ({type(error).__name__}: {error})") from error
     if not callable(found):
         raise ValueError(f"--reward must be MODULE:FUNCTION, such as rewards:short for rewards.py; got {name!r}")
     return found
@@ -121,9 +132,11 @@ def report(result: dict) -> None:
     """Print the result as a short table."""
     start, end, parameters = result["start"], result["end"], result["parameters"]
     print(f"trained {parameters['trained']:,} of {parameters['all']:,} parameters in {result['seconds']} s")
-    print(f"{'held-out accuracy':<32}{'before':>8}{'after':>8}")
+    own = result["settings"].get("reward")  # which may be of any size
+    what, form = ("held-out mean reward", "#12.4g") if own else ("held-out accuracy", "12.3f")
+    print(f"{what:<32}{'before':>12}{'after':>12}")
     for kind, before in start["accuracy"].items():
         name = kind if kind in result["trained kinds"] else f"{kind} (not trained)"
-        print(f"{name:<32}{before:8.3f}{end['accuracy'][kind]:8.3f}")
+        print(f"{name:<32}{before:{form}}{end['accuracy'][kind]:{form}}")
     for name in ("kl", "entropy"):
-        print(f"{name + ' of a token, nats':<32}{start[name]:8.3f}{end[name]:8.3f}")
+        print(f"{name + ' of a token, nats':<32}{start[name]:12.3f}{end[name]:12.3f}")

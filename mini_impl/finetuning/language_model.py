@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mini_impl import checks
-from mini_impl.checkpoint import check_weights, load_checkpoint, save_checkpoint
+from mini_impl.checkpoint import check_layers, check_weights, load_checkpoint, save_checkpoint
 
 
 class RMSNorm(nn.Module):
@@ -297,6 +297,7 @@ def load_language_model(path: Path | str) -> LanguageModel:
     tensors, state = load_checkpoint(path)
     if "language model" not in state:
         raise ValueError(f"{path} holds no language model that save_language_model wrote")
+    check_layers(path, tensors, state["language model"])
     with torch.device("meta"):  # nothing is drawn at random, and sizes that the file does not fill take no memory
         model = LanguageModel(**state["language model"])
     check_weights(path, tensors, model)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -121,14 +122,24 @@ class Method(ABC):
 
     shared: ClassVar[bool] = True  # whether several workers each compute a part of an update
     second_derivative: ClassVar[bool] = False  # whether the loss holds a gradient
+    reads_answers: ClassVar[bool] = True  # whether it learns from the right answers of a task
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic):  # a numpy.uint8 would overflow
+                setattr(self, name, value.item())
+        checks.instance(
+            "task", self.task, Task, "a Task, as `sums` and `from_file` of mini_impl.finetuning.tasks return"
+        )
         kinds = dict.fromkeys(self.task.trained_kinds)
         parts = {"train": kinds, "held_out": kinds | self.task.held_out}
         missing = [(part, kind) for part, of in parts.items() for kind in of if not getattr(self.task, part).get(kind)]
         if missing or not kinds:
             wanted = "trained_kinds, problems of each to train on, and some of every kind that is held out"
             raise ValueError(f"task must have {wanted}; got none of {missing or 'trained_kinds'}")
+        if self.reads_answers:  # raises now, not when the problem is drawn
+            for kind in kinds:
+                list(map(self.task.answer, self.task.train[kind]))
 
     @abstractmethod
     def updates(
@@ -310,6 +321,8 @@ class RewardMethod(Method):
     num_iterations: int = 2
     replay: int = 0
     replay_weight: float = 1.0
+
+    reads_answers: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()

@@ -7,6 +7,7 @@ Sources: the documented system "SFT"; Hu et al., "LoRA: Low-Rank Adaptation of L
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
@@ -295,10 +296,16 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     The sum is computed in float32 (float64 for a model in float64) and then rounded to the dtype of W once: each entry
     is off by at most half a unit in its last place (relatively 2^-8 in bfloat16, 2^-11 in float16), and by what float32
     rounds in the sum. In half precision an update that is smaller than that is lost. The old W is not kept.
-    Changes the model and returns it, still frozen. Raises ValueError if the model has no adapters, or a merged weight
-    would not be finite; the model is then as it was. Source: the second documented output of SFT.
+    Changes the model and returns it, still frozen. Raises ValueError if the model has no adapters, a merged weight
+    would not be finite, or W is used elsewhere too, as a tied head's is; the model is then as it was. Source: the
+    second documented output of SFT.
     """
     layers = _some_lora_layers(model)
+    uses = Counter(map(id, (weight for _, weight in model.named_parameters(remove_duplicate=False))))
+    if shared := [name for name, layer in layers.items() if uses[id(layer.base.weight)] > 1]:
+        raise ValueError(
+            f"{', '.join(shared)} shares its weight with another layer, which merging would change as well"
+        )
     with torch.no_grad():
         merged = {name: layer.merged_weight().to(layer.base.weight.dtype) for name, layer in layers.items()}
         checks.look(*(checks.finite(f"the merged weight of {name}", weight) for name, weight in merged.items()))
@@ -318,13 +325,20 @@ def save_adapter(model: nn.Module, folder: Path | str) -> None:
 
     PEFT loads those of a LanguageModel on a Llama with the same weights, and those of any other model on that model.
     The files are adapter_config.json and adapter_model.safetensors; each is replaced in one step. An adapter without
-    alpha is written with alpha = rank, which is the same scale, 1.
+    alpha is written with alpha = rank, which is the same scale, 1. What torch.compile, DataParallel and
+    DistributedDataParallel put around a model is not part of its names.
     Raises ValueError if the model has no adapters, or several with another rank or alpha, or is a module around a
-    LanguageModel, of which PEFT knows no names; OSError. Source: the first documented output of SFT.
+    LanguageModel or a model of transformers, of which PEFT knows no names; OSError. (The part llama.model of a Llama is
+    a model of transformers, too: give the whole.) Source: the first documented output of SFT.
     """
+    while type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
     layers = _some_lora_layers(model)
-    if any(isinstance(part, LanguageModel) for part in model.modules() if part is not model):
-        raise ValueError("model must be the LanguageModel itself: for one inside another module PEFT has no names")
+    if not _has_names(model) and any(map(_has_names, model.modules())):
+        inside = next(type(part).__name__ for part in model.modules() if _has_names(part))
+        raise ValueError(
+            f"model must be the {inside} itself: for one inside a {type(model).__name__} PEFT has no names"
+        )
     settings = {name: (layer.rank, layer.scale * layer.rank) for name, layer in layers.items()}
     if len(set(settings.values())) > 1:
         raise ValueError(f"all LoRA layers must have one rank and one alpha to be stored; got (rank, alpha) {settings}")
@@ -349,6 +363,11 @@ def save_adapter(model: nn.Module, folder: Path | str) -> None:
     (Path(folder) / CONFIG).unlink(missing_ok=True)  # a stop between the two must not leave new weights with old scales
     write_bytes(Path(folder) / WEIGHTS, save(tensors, metadata={"format": "pt"}))
     write_bytes(Path(folder) / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _has_names(model: nn.Module) -> bool:
+    """Whether PEFT has names for the layers of a model: a LanguageModel, or one of transformers."""
+    return isinstance(model, LanguageModel) or any(kind.__name__ == "PreTrainedModel" for kind in type(model).__mro__)
 
 
 def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:

@@ -111,6 +111,7 @@ def _from_folder(folder: Path, model: LanguageModel) -> tuple[dict[str, Tensor],
     theirs.pop("lm_head.weight", None)  # a second copy of the embedding
     names = {hugging_face_name(name): name for name in model.state_dict()}
     weights = {names.get(name, name): value.float() for name, value in theirs.items()}
+    checks.look(*(checks.finite(f"{name} in {path}", value) for name, value in weights.items() if value.numel()))
     return weights, Tokenizer(Pieces.from_file(str(tokenizer_path)))
 
 

@@ -4,10 +4,12 @@ import functools
 import json
 import random
 import re
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from mini_impl import checks
@@ -52,7 +54,7 @@ def from_file(
     """A model, and the questions of a JSON Lines file: on each line {"prompt": text, "answer": text, "kind": text}.
 
     model: "tiny", which reads digits, + and = alone; "smollm2", which is asked as it was taught (make real-model).
-    kind: may be left out. Of each kind a fifth of the lines, at least one, is held out.
+    kind: may be left out. Of each kind a fifth of the prompts, at least one, is held out.
     reward: (the line, what the model wrote) -> number; None: 1 for the answer, white space around it aside, else 0.
     answer: may be left out where there is a reward, for methods that do not learn from right answers.
     max_new_tokens: None: room for the longest answer and its end, or 32 if none is given.
@@ -60,35 +62,53 @@ def from_file(
     """
     checks.choice("model", model, MODELS)
     needed = {"prompt", "answer"} if reward is None else {"prompt"}
-    kinds: dict[str, list[dict]] = {}
-    for number, text in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
+    kinds: dict[str, dict[str, list[dict]]] = {}  # lines by kind and prompt
+    language_model, tokenizer = MODELS[model]()
+    answers = []
+    # Not splitlines: JSON allows other signs that end a line in a text.
+    for number, content in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+        if not content.strip():
+            continue
         try:
+            text = content.decode("utf-8-sig" if number == 1 else "utf-8")
             line = json.loads(text)
-        except json.JSONDecodeError:
-            line = None
+        except (ValueError, RecursionError):  # no UTF-8, no JSON, a number of thousands of digits, a thousand brackets
+            line, text = None, content.decode("utf-8", "replace")
         texts = [line.get(key, "there is none") for key in KEYS] if isinstance(line, dict) else [None]
         if not all(isinstance(said, str) and said for said in texts) or not needed <= line.keys():
             wanted = " and ".join(f'"{key}": text' for key in sorted(needed, reverse=True))
-            raise ValueError(f"{path}, line {number}: wanted an object with {wanted}; got {text[:80]!r}")
-        kinds.setdefault(line.get("kind", "of the file"), []).append(line)
+            wanted = f'wanted an object with {wanted}, and "kind", if there is one, as text'
+            raise ValueError(f"{path}, line {number}: {wanted}; got {text[:80]!r}")
+        try:
+            question_of(tokenizer, line["prompt"])
+            answers += [tokenizer.encode(line["answer"])] if "answer" in line else []
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+        kinds.setdefault(line.get("kind", "of the file"), {}).setdefault(line["prompt"], []).append(line)
     if not kinds or min(map(len, kinds.values())) < 2:
-        raise ValueError(f"{path} must have two lines of each kind, one of which is held out")
-    for some in kinds.values():
-        random.Random(0).shuffle(some)
-    fifth = {kind: max(1, len(some) // 5) for kind, some in kinds.items()}
-
-    language_model, tokenizer = MODELS[model]()
-    answers = [tokenizer.encode(line["answer"]) for some in kinds.values() for line in some if "answer" in line]
+        raise ValueError(f"{path} must have two prompts of each kind, one of which is held out")
+    train, held_out = {}, {}
+    for kind, by_prompt in kinds.items():
+        prompts = list(by_prompt.values())  # lines of one prompt stay together
+        random.Random(0).shuffle(prompts)
+        fifth = max(1, len(prompts) // 5)
+        parts = prompts[:fifth], prompts[fifth:]
+        held_out[kind], train[kind] = ([line for lines in part for line in lines] for part in parts)
     longest = max(map(len, answers), default=31) + 1
+    if max_new_tokens is not None:
+        least = {} if reward else {"least": longest}  # a shorter answer could never be right
+        longest = checks.integer(
+            "max_new_tokens, with room for the longest answer and its end,", max_new_tokens, **least
+        )
     task = Task(
         tokenizer=tokenizer,
         question=lambda line: question_of(tokenizer, line["prompt"]),
         answer=functools.partial(_answer, tokenizer),
         reward=_is_answer if reward is None else functools.partial(_checked, reward),
-        train={kind: some[fifth[kind] :] for kind, some in kinds.items()},
-        held_out={kind: some[: fifth[kind]] for kind, some in kinds.items()},
+        train=train,
+        held_out=held_out,
         trained_kinds=tuple(kinds),
-        max_new_tokens=longest if max_new_tokens is None else checks.integer("max_new_tokens", max_new_tokens),
+        max_new_tokens=longest,
     )
     return language_model, task
 
@@ -112,9 +132,14 @@ def _is_answer(line: dict, text: str) -> float:
 
 
 def _checked(reward: Callable[[dict, str], float], line: dict, text: str) -> float:
-    value = reward(line, text)
     name = f"the reward of {text!r} for {line['prompt']!r}"
-    return checks.number(name, float(value) if isinstance(value, bool) else value)
+    try:
+        value = reward(line, text)
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(place.filename).name}, line {place.lineno}"
+        raise RuntimeError(f"{name} raised {type(error).__name__}: {error} ({where})") from error
+    return checks.number(name, float(value) if isinstance(value, bool | np.bool_) else value)
 
 
 # --- the tasks of the book --------------------------------------------------------------------------------------------

@@ -1,8 +1,11 @@
 """One trainer for every way of fine-tuning, and the measures that all of them are judged by."""
 
 import copy
+import functools
 import hashlib
+import inspect
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mini_impl import checks, workers
-from mini_impl.checkpoint import Run, located, note, progress_bar, trained_parameters
+from mini_impl.checkpoint import Run, describe, located, note, progress_bar, trained_parameters
 from mini_impl.faster import adam, faster
 from mini_impl.finetuning.language_model import Cache, LanguageModel
 from mini_impl.finetuning.methods import Method, Stream, sample
@@ -219,6 +222,18 @@ def _faster_without_cache(plain: Callable, fast: Callable) -> Callable:
 
 
 def _describe_task(task: Task) -> dict:
-    """The trained kinds of a task, and a fingerprint of its problems."""
+    """The trained kinds of a task, and fingerprints of its problems and of its reward."""
     problems = hashlib.sha256(repr((task.train, task.held_out)).encode()).hexdigest()
-    return {"trained kinds": list(task.trained_kinds), "longest answer": task.max_new_tokens, "problems": problems}
+    told = {"trained kinds": list(task.trained_kinds), "longest answer": task.max_new_tokens, "problems": problems}
+    return {**told, "reward": _describe_reward(task.reward)}
+
+
+def _describe_reward(reward: Callable) -> list[str]:
+    """Its name and, for one of a reader's own, a fingerprint of the file that it stands in."""
+    own = reward.args[0] if isinstance(reward, functools.partial) and reward.args else reward
+    module = getattr(own, "__module__", None) or ""
+    try:
+        source = "" if module.startswith("mini_impl.") else inspect.getsource(sys.modules[module])
+    except (KeyError, OSError, TypeError):  # written in a notebook
+        source = ""
+    return [describe(reward), hashlib.sha256(source.encode()).hexdigest()]

@@ -129,10 +129,10 @@ def split(values: Tensor, lengths: Sequence[int], history: int) -> tuple[Tensor,
     checks.look(checks.finite("values", checks.tensor("values", values, "time", "variable")))
     if isinstance(lengths, str) or not isinstance(lengths, Sequence) or len(lengths) != 3:
         raise TypeError(f"lengths must be three whole numbers: rows to train, validate and test on; got {lengths!r}")
-    train, validation, test = (checks.integer(f"lengths[{i}]", rows) for i, rows in enumerate(lengths))
+    lengths = train, validation, test = [checks.integer(f"lengths[{i}]", rows) for i, rows in enumerate(lengths)]
     if sum(lengths) > len(values):
         raise ValueError(f"lengths {tuple(lengths)} add up to {sum(lengths)} rows; the series has {len(values)}")
-    checks.integer("history", history, most=train, why="the rows to train on")
+    history = checks.integer("history", history, most=train, why="the rows to train on")
     return (
         values[:train],
         values[train - history : train + validation],
@@ -269,7 +269,7 @@ def prepare(
     if isinstance(series, Series):
         check_series(series)
     parts = split(values, lengths=lengths, history=history)
-    checks.integers(horizon=horizon)
+    history, horizon = checks.integers(history=history, horizon=horizon)
     for i, name in enumerate(("training", "validation", "test")):
         least = horizon if i else history + horizon  # the later parts look back into the one before
         checks.integer(f"lengths[{i}], the {name} part of windows of {history} -> {horizon} steps,", lengths[i], least)

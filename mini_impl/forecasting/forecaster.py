@@ -15,7 +15,7 @@ from torch import nn
 
 import mini_impl
 from mini_impl import checks
-from mini_impl.checkpoint import check_weights, load_checkpoint, save_checkpoint
+from mini_impl.checkpoint import check_layers, check_weights, load_checkpoint, save_checkpoint
 from mini_impl.forecasting.data import Origin, Scaler, Series, Windows, check_series
 from mini_impl.forecasting.train import absolute_errors, evaluating
 from mini_impl.losses import NonFiniteLoss
@@ -71,6 +71,7 @@ def load(path: Path | str) -> Forecaster:
         if not len(names) == len(scaler.mean) == len(scaler.std) or not isinstance(step, np.timedelta64 | float | None):
             raise TypeError(f"names {names}, {len(scaler.mean)} means, {len(scaler.std)} deviations, step {step!r}")
         weights = {name.removeprefix("model/"): value for name, value in tensors.items()}
+        check_layers(path, weights, state["settings"])
         with torch.device("meta"):  # sizes that the file does not fill take no memory
             empty = kind(**state["settings"])
     except (AttributeError, KeyError, TypeError) as error:

@@ -172,8 +172,8 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> 
     result. A token whose logit is -inf has -inf; a row with NaN, +inf, or nothing but -inf has NaN.
     Only logits carry a gradient: (onehot - p) / T, of their dtype. There is no second derivative.
     Numbers are not checked, as the host would wait for them: of an id that is none comes NaN by the kernel, and by
-    torch what its device does. Raises TypeError, ValueError for what does not fit; RuntimeError for a second
-    derivative.
+    torch what its device does (IndexError on the CPU). Raises TypeError, ValueError for what does not fit;
+    RuntimeError for a second derivative.
     """
     _check(logits, tokens, temperature)
     temperature = float(temperature)

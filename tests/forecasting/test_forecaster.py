@@ -237,6 +237,12 @@ def test_a_small_file_of_a_huge_model_takes_no_memory(tmp_path):
     save_checkpoint(tmp_path / "huge", tensors, state)
     with pytest.raises(ValueError, match="huge holds other weights than those of a DLinear as it describes it"):
         load(tmp_path / "huge")
+    trained("patchtst").save(tmp_path / "model")
+    tensors, state = load_checkpoint(tmp_path / "model")
+    state["settings"]["layers"] = 10**9
+    save_checkpoint(tmp_path / "huge", tensors, state)
+    with pytest.raises(ValueError, match=r"huge holds [0-9]+ weights, too few for the 1000000000 layers that it descr"):
+        load(tmp_path / "huge")
 
 
 def test_the_file_holds_no_code(tmp_path):
