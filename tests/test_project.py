@@ -439,7 +439,7 @@ def test_finetunings_of_the_readme_report_what_changed(command, tmp_path, monkey
     Path("sums.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in sums))
     Path("rewards.py").write_text("def right(line, text):\n    return text == line['answer']\n")
     cli.main([*command.split()[1:], "--steps", "1", "--questions", "4"])
-    assert "held-out accuracy" in capsys.readouterr().out
+    assert ("held-out mean reward" if "--reward" in command else "held-out accuracy") in capsys.readouterr().out
     if "--save" in command:
         (asked,) = (words for words in COMMANDS if "mini-impl answer" in words)
         cli.main(shlex.split(asked)[1:])

@@ -197,7 +197,7 @@ def test_a_model_that_only_fills_in_makes_no_forecast():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"settings": None}, "TypeError"),
+        ({"settings": None}, "AttributeError"),
         ({"settings": {"history": 24, "horizon": 6, "kernel": 5}}, "unexpected keyword argument 'kernel'"),
         ({"names": ["a"]}, r"names \('a',\), 3 means, 3 deviations"),
         ({"step": "week"}, "step 'week'"),

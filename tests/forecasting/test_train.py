@@ -38,9 +38,7 @@ def small(seed=0):
 
 def test_a_terminal_shows_how_far_it_is(monkeypatch):
     """A bar of a hundred columns; where nobody looks, there is none (the other tests print nothing)."""
-    termios = pytest.importorskip("termios")  # Windows has no such terminals
-    import fcntl
-
+    fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")  # Windows has no such terminals
     leader, follower = os.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
     with open(follower, "w") as terminal:
