@@ -5,13 +5,14 @@ ASSIGNMENT ?= dlinear
 OUT ?= _build/grades
 TESTS ?= all
 TESTED = import sys, pip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PEERS = tests/finetuning/test_sft.py tests/finetuning/test_trl.py tests/test_bench.py tests/test_package.py
 # Two workers share two cores: more threads in each would only wait for one another.
 ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 # No comma in a sentence: make would cut it there.
 fail = { echo "$(1)" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help book test test-classroom check notebooks portable slides pdf colab oldest assignments grade reproduce serve bench kernels gpu fuzz kill golden real-model constraints clean distclean
+.PHONY: help book test test-classroom test-peers check notebooks portable slides pdf colab oldest assignments grade reproduce serve bench kernels gpu fuzz kill golden real-model constraints clean distclean
 .NOTPARALLEL:
 
 help: ## list these commands
@@ -31,6 +32,9 @@ test: .venv/test ## set everything up and pass every test
 
 test-classroom: .venv/test ## let all sorts of cheats hand in every assignment (fifteen minutes; best where bubblewrap is)
 	CLASSROOM=1 $(ONE_THREAD) .venv/bin/pytest -n 2 -m classroom tests/grading
+
+test-peers: .venv/test .venv/parity ## what is compared with PEFT, TRL, transformers and neuralforecast as they run (two minutes)
+	$(ONE_THREAD) .venv/bin/pytest -n 2 $(PEERS)
 
 check: .venv/test ## the checks that take seconds: style, set-up, and whether the notebooks are up to date
 	.venv/bin/ruff check .

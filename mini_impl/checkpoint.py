@@ -197,7 +197,7 @@ class Run:
         if workers.number() == 0:
             self._lock()
         if threading.current_thread() is threading.main_thread():  # Python takes signals there alone
-            for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # not on Windows
+            for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # not on Windows
                 if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None):
                     self.handlers[number] = handler
                     signal.signal(number, self._stop)

@@ -87,9 +87,8 @@ def _check_files(options: argparse.Namespace) -> None:
         if path is None:
             continue
         place, written = Path(path).resolve(), option.removeprefix("--") in WRITTEN
-        if (
-            (other := places.setdefault(place, option)) != option and written and not place.is_char_device()
-        ):  # /dev/null
+        other = places.setdefault(place, option)
+        if other != option and written and not place.is_char_device():  # such as /dev/null
             raise ValueError(f"{other} and {option} must be two files; got {path} for both")
         if written:
             check_writable(option, place)

@@ -126,10 +126,7 @@ def diagram(
     """
     checks.instance("boxes", boxes, Mapping, "a dict of (column, row, words) by names")
     checks.instance("arrows", arrows, Sequence, "several (from, to, words)")
-    for name, three in (
-        *((f"boxes[{name!r}]", box) for name, box in boxes.items()),
-        *(("an arrow", a) for a in arrows),
-    ):
+    for name, three in (*boxes.items(), *(("an arrow", arrow) for arrow in arrows)):
         if not isinstance(three, Sequence) or len(three) != 3:
             raise TypeError(f"{name} must be three things; got {three!r}")
     drawn, axes = figure(width, height)

@@ -38,10 +38,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group().add_argument
     what("--task", choices=sorted({task for _, task in TASKS}), default="sums", help="what it learns to answer")
     what("--data", metavar="FILE", help='of your own: {"prompt": text, "answer": text} on each line')
-    own = (
-        "(line, text) -> number, of --data; without it 1 for the answer, else 0. GRPO and published DAPO learn from it"
-    )
-    add("--reward", metavar="MODULE:FUNCTION", help=f"{own}, the others are measured by it")
+    reward = "(line, text) -> number, of --data; without it 1 for the answer, else 0. GRPO and published DAPO learn it"
+    add("--reward", metavar="MODULE:FUNCTION", help=f"{reward}; others are measured by it")
     add("--max-new-tokens", type=int, help="of an answer to --data; without it as many as the longest needs")
     add("--set", type=parse_setting, action="append", default=[], metavar="NAME=VALUE", help="a setting of the method")
     add("--all-kinds", action="store_true", help="draw from every kind of problem, not only from the bad cases")
