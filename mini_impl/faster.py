@@ -30,6 +30,7 @@ def faster(function: Callable, compile: bool, precision: str) -> Callable:
     one reading, and takes up to a minute for it, once.
     Raises TypeError, ValueError for another precision; RuntimeError, at the first call, without a compiler.
     """
+    checks.instance("function", function, Callable, "a model, or another function of tensors")
     checks.flags(compile=compile)
     checks.choice("precision", precision, PRECISIONS)
     made = _compiled(function) if compile else function

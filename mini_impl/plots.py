@@ -7,6 +7,7 @@ plots.show(figure)
 """
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -237,6 +238,8 @@ def _cell(cell: str | float | None) -> str:
         return "—"
     if isinstance(cell, str):
         return re.sub(r"(?<!\w)-(?=\d)", "−", cell)  # a minus, but no hyphen
+    if math.prod(getattr(cell, "shape", ())) != 1:
+        raise TypeError(f"a cell must be one number, a text or None; got {cell!r}")
     number = cell.item() if hasattr(cell, "item") else cell
     if isinstance(number, int):
         return str(number).replace("-", "−")

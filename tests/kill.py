@@ -25,7 +25,7 @@ COMMANDS = (
     f"forecast itransformer {FORECAST} {SMALL} --set heads=2 --loss published",
     "finetune dapo --steps 30 --set sequences=32 --questions 8 --measure-every 10 --save model",
     "finetune grpo --loss published --steps 12 --set prompts=8 --questions 8 --lora-rank 4 --save model",
-    f"forecast patchtst {FORECAST.replace('epochs 4', 'epochs 2')} {SMALL} --set layers=1 --pretrain 2",
+    f"forecast patchtst {FORECAST.replace('epochs 4', 'epochs 2')} {SMALL} --set layers=1 --set heads=2 --pretrain 2",
     "finetune sft --steps 40 --set sequences=32 --questions 8 --lora-rank 4 --save model --adapter adapter",
 )
 KEPT = {"run", "run.pretrain", "out.json", "model", "adapter"}
