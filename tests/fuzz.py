@@ -19,7 +19,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from multiprocessing import Pool
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import torch
@@ -211,8 +211,8 @@ def main(arguments: list[str] | None = None) -> int:
         call(*CALLS[name]())
     start, total, defects = time.monotonic(), Counter(), 0
     jobs = [(name, options.seed, -(-options.calls // len(names))) for name in names]
-    with Pool(2) as pool:
-        for name, found, own in pool.imap(attack, jobs):
+    with ProcessPoolExecutor(2) as pool:  # raises BrokenProcessPool if a call takes its process with it
+        for name, found, own in pool.map(attack, jobs):
             total += found
             defects += len(own)
             for (kind, _, _), words in own.items():
