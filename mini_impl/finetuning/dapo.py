@@ -402,7 +402,7 @@ def fill_batch(sample: Callable[[int], tuple[Sequence, Tensor]], wanted: int, ma
     Raises TypeError, ValueError; BatchNotFilled if max_rounds rounds do not suffice, as happens once a model answers
     everything right, or nothing. Source: the paper, section 3.2 and algorithm 1.
     """
-    checks.integers(wanted=wanted, max_rounds=max_rounds)
+    wanted, max_rounds = checks.integers(wanted=wanted, max_rounds=max_rounds)
     groups, kept, drawn = [], [], 0
     for number in range(max_rounds):
         new_groups, rewards = sample(number)  # [prompt, group]
@@ -433,7 +433,8 @@ def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
     """
     if not isinstance(lengths, Tensor) or not lengths.numel():
         raise TypeError(f"lengths must be a tensor of numbers of tokens, not empty; got {lengths!r}")
-    checks.integer("buffer", buffer, most=checks.integer("max_length", max_length), why="as there are no more tokens")
+    max_length = checks.integer("max_length", max_length)
+    buffer = checks.integer("buffer", buffer, most=max_length, why="as there are no more tokens")
     checks.look(_not_negative("lengths", lengths))
     return _overlong_penalty(lengths, max_length, buffer)
 

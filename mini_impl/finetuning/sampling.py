@@ -125,7 +125,7 @@ def generate(
     checks.instance("model", model, LanguageModel, "a LanguageModel")
     weight, vocab_size = model.embedding.weight, model.embedding.num_embeddings
     _check_prompts(prompts, vocab_size)
-    checks.integers(max_new_tokens=max_new_tokens)
+    (max_new_tokens,) = checks.integers(max_new_tokens=max_new_tokens)
     checks.integer("eos_token_id", eos_token_id, least=0, most=vocab_size - 1, why="the last token id")
     rows = range(len(prompts)) if rows is None else rows
     if not isinstance(rows, Sequence) or len(rows) != len(prompts):

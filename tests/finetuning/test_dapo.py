@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -699,6 +700,7 @@ def test_the_state_of_another_model_or_sampler():
 def test_lengths_of_any_kind_mean_the_same(dtype):
     lengths = torch.tensor([2, 4, 5, 9], dtype=dtype)
     assert overlong_penalty(lengths, max_length=6, buffer=2).tolist() == [0, 0, -0.5, -1]
+    assert overlong_penalty(lengths, max_length=300, buffer=np.uint8(2)).tolist() == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
