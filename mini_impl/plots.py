@@ -130,9 +130,9 @@ def diagram(
     for name, three in (*boxes.items(), *(("an arrow", arrow) for arrow in arrows)):
         if not isinstance(three, Sequence) or len(three) != 3:
             raise TypeError(f"{name} must be three things; got {three!r}")
-    for name, place in boxes.items():
-        checks.number(f"the column of box {name!r}", place[0])
-        checks.number(f"the row of box {name!r}", place[1])
+    for name, (column, row, _) in boxes.items():
+        checks.number(f"the column of box {name!r}", column)
+        checks.number(f"the row of box {name!r}", row)
     drawn, axes = figure(width, height)
     axes.axis("off")
     axes.invert_yaxis()

@@ -18,7 +18,6 @@ TIME_NAMES = {"date", "time", "datetime", "timestamp", "日期", "时间"}
 TIME = re.compile(r"\d[-/:年]\d|\d\.\d+\.\d{4}")
 DAYS = ("%Y-%m-%d", "%Y/%m/%d", "%Y年%m月%d日", "%d.%m.%Y", "%m/%d/%Y", "%d/%m/%Y", "%Y-%m", "%Y/%m", "%Y年%m月")
 CLOCKS = ("", " %H:%M", " %H:%M:%S", " %H时", "%H时")
-UTC_FORMAT = "%Y-%m-%d %H:%M:%S+00:00"  # of what had an offset
 FORMATS = (*map("".join, product(DAYS, CLOCKS)), "%H:%M", "%H:%M:%S")
 GZIP = b"\x1f\x8b"  # how every gzip file begins, whatever its name
 UNPACKED = 2**30  # bytes that a packed file may hold: a few kilobytes of gzip can fill any memory
@@ -151,7 +150,7 @@ def _times(path: Path, lines: list[int], cells: list[str]) -> tuple[np.ndarray, 
     if regular:
         times, way = min(regular, key=lambda column: "months" in str(step_of(column[0])))
         if way is _iso and datetime.fromisoformat(cells[0]).tzinfo is not None:
-            way = UTC_FORMAT
+            way = f"%Y-%m-%d %H:%M:%S{'.%f' if 'us' in str(times.dtype) else ''}+00:00"  # as they have become UTC
         return times, way if isinstance(way, str) else None
     times = columns[0][0]
     steps = np.diff(times)
